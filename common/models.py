@@ -1,0 +1,137 @@
+"""The networks: the field's ConvNet and the ResNets of the teachers. Every one has `features(x) -> (N, d)`."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def convnet_depth(size: int) -> int:
+    """Blocks by image size, so that the last map stays 4 to 7 pixels wide (KRR-ST: 3 at 32, 4 at 64, 5 at 224)."""
+    return 2 if size < 16 else 3 if size < 48 else 4 if size < 96 else 5
+
+
+class ConvNet(nn.Module):
+    """Blocks of conv 3x3 - norm - ReLU - 2x2 average pool, flattened, then one linear head.
+
+    widths: channels of each block, (128, 256, 512) for KRR-ST at 32 px; norm: "batch", "instance" or "none";
+    out: outputs of the head, classes or teacher dimensions.
+    """
+
+    def __init__(self, channels: int, size: int, out: int, widths: tuple[int, ...], norm: str = "batch"):
+        super().__init__()
+        norms = {
+            "batch": nn.BatchNorm2d,
+            "instance": lambda width: nn.GroupNorm(width, width),  # instance norm with affine weights
+            "none": lambda width: nn.Identity(),
+        }
+        blocks = []
+        for c_in, c_out in zip((channels, *widths[:-1]), widths, strict=True):
+            blocks += [nn.Conv2d(c_in, c_out, 3, padding=1), norms[norm](c_out), nn.ReLU(), nn.AvgPool2d(2)]
+        self.blocks = nn.Sequential(*blocks)
+        self.dim = widths[-1] * (size >> len(widths)) ** 2
+        self.head = nn.Linear(self.dim, out)
+
+    def features(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, dim)."""
+        return self.blocks(x).flatten(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x))
+
+
+class BasicBlock(nn.Module):
+    expansion = 1
+
+    def __init__(self, c_in: int, width: int, stride: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(c_in, width, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.downsample = shortcut(c_in, width, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        return F.relu(out + (x if self.downsample is None else self.downsample(x)))
+
+
+class Bottleneck(nn.Module):
+    expansion = 4
+
+    def __init__(self, c_in: int, width: int, stride: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(c_in, width, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, stride, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = nn.Conv2d(width, width * 4, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(width * 4)
+        self.downsample = shortcut(c_in, width * 4, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))))
+        return F.relu(self.bn3(self.conv3(out)) + (x if self.downsample is None else self.downsample(x)))
+
+
+def shortcut(c_in: int, c_out: int, stride: int) -> nn.Sequential | None:
+    if stride == 1 and c_in == c_out:
+        return None
+    return nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
+
+
+RESNETS = {
+    "resnet10": (BasicBlock, (1, 1, 1, 1)),
+    "resnet18": (BasicBlock, (2, 2, 2, 2)),
+    "resnet50": (Bottleneck, (3, 4, 6, 3)),
+}
+
+
+class ResNet(nn.Module):
+    """ResNet-10/18/50 without a classifier, in torchvision's parameter names so that published files load.
+
+    torchvision's own class fixes the width at 64 and the ImageNet stem; a CPU wants narrow teachers and the field
+    wants the CIFAR stem.
+
+    stem: "cifar" is conv 3x3 stride 1 with `stem_padding` and no max-pool (padding 2, as KRR-ST's and solo-learn's,
+    turns 32 px into 34); "imagenet" is conv 7x7 stride 2 and a 3x3 max-pool. width: channels of the first stage.
+    """
+
+    def __init__(self, arch: str, channels: int = 3, width: int = 64, stem: str = "cifar", stem_padding: int = 2):
+        super().__init__()
+        block, depths = RESNETS[arch]
+        if stem == "cifar":
+            self.conv1 = nn.Conv2d(channels, width, 3, 1, stem_padding, bias=False)
+            self.maxpool = nn.Identity()
+        else:
+            self.conv1 = nn.Conv2d(channels, width, 7, 2, 3, bias=False)
+            self.maxpool = nn.MaxPool2d(3, 2, 1)
+        self.bn1 = nn.BatchNorm2d(width)
+        c_in = width
+        for stage, depth in enumerate(depths):
+            layers = []
+            for i in range(depth):
+                layers.append(block(c_in, width << stage, stride=2 if stage and i == 0 else 1))
+                c_in = (width << stage) * block.expansion
+            self.add_module(f"layer{stage + 1}", nn.Sequential(*layers))
+        self.dim = c_in
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            elif isinstance(module, BasicBlock):
+                nn.init.zeros_(module.bn2.weight)  # each block starts as its shortcut (KRR-ST's ResNets)
+            elif isinstance(module, Bottleneck):
+                nn.init.zeros_(module.bn3.weight)
+
+    def features(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, dim), after the global average pool."""
+        x = self.maxpool(F.relu(self.bn1(self.conv1(x))))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return x.mean((2, 3))
+
+    forward = features
+
+
+@torch.no_grad()
+def apply_chunked(function, x: Tensor, chunk: int = 512) -> Tensor:
+    """function over x in slices of `chunk` rows, without gradients."""
+    return torch.cat([function(part) for part in x.split(chunk)])

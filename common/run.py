@@ -1,0 +1,340 @@
+"""A run of a script: its folder, its log, its checkpoints, its result. What is not the method lives here.
+
+A run folder `runs/{data}__{script}__{seed}__{time}/` explains itself: args.json (every flag, resolved), script.py
+(the source that ran), TensorBoard events, grid_*.png, checkpoint.pt, distilled.safetensors, result.json.
+
+Randomness is keyed, not carried: `rng("batch", seed, epoch)` gives the same generator whenever it is asked, so a
+resumed run needs no generator state and equals one that was never stopped, bit for bit on a CPU.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from torch import Tensor
+from tqdm import tqdm
+
+# flags that may differ when a run is resumed: where it runs, how often it writes, how it is scored
+FREE_ON_RESUME = {"resume", "device", "data_dir", "out_dir", "log_every", "save_every", "full_row"}
+
+
+class UserError(Exception):
+    """Bad input. The message is one line: what is wrong and how to mend it. `cli` prints it and exits with 2."""
+
+
+# ---------------------------------------------------------------------------------------------------- the command line
+
+
+def cli(main: Callable, args_class: type) -> None:
+    """Read the flags (with --resume RUN_DIR: over that run's args.json), call main, turn UserError into one line."""
+    try:
+        default = args_class()
+        for i, word in enumerate(sys.argv[1:], 1):
+            if word == "--resume" and i + 1 < len(sys.argv):
+                default = load_args(args_class, sys.argv[i + 1])
+            elif word.startswith("--resume="):
+                default = load_args(args_class, word.split("=", 1)[1])
+        main(tyro.cli(args_class, default=default, description=sys.modules[main.__module__].__doc__))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def load_args(args_class: type, folder: str | Path):
+    """The Args of the run in `folder`, with `resume` set to it.
+
+    Raises UserError if there is no readable args.json or if it is another script's.
+    """
+    path = Path(folder) / "args.json"
+    try:
+        saved = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"--resume {folder}: no readable args.json there ({error}); name a run folder") from None
+    fields = {f.name for f in dataclasses.fields(args_class)}
+    if unknown := sorted(set(saved) - fields):
+        raise UserError(f"--resume {folder}: made by another script or version (it has {', '.join(unknown)})")
+    return args_class(**saved | {"resume": str(folder)})
+
+
+def preset_name(presets: dict[str, dict], choice: str | None, data_name: str, named: bool, size: int) -> str:
+    """The key of `presets` to use: --preset, else the set's own name, else by image size ("32px" serves 32 to 63).
+
+    A folder is judged by its size, never by its name. Raises UserError for an unknown choice.
+    """
+    if choice is not None:
+        if choice not in presets:
+            raise UserError(f"--preset {choice}: not one of {', '.join(presets)}")
+        return choice
+    if named and data_name in presets:
+        return data_name
+    sizes = sorted(int(key[:-2]) for key in presets if key.endswith("px"))
+    return f"{max([s for s in sizes if s <= size], default=sizes[0])}px"
+
+
+def fill(args, preset: dict):
+    """`args` with every None that `preset` knows replaced by its value. Nothing else changes a flag after parsing."""
+    unset = {name: value for name, value in preset.items() if getattr(args, name) is None}
+    return dataclasses.replace(args, **unset)
+
+
+def pick_device(name: str) -> torch.device:
+    """CUDA where there is one, else the CPU, for "auto". Raises UserError for a device that does not exist."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device {name}: not available here ({reason}); use --device auto or cpu") from None
+    return device
+
+
+# ---------------------------------------------------------------------------------------------------------- randomness
+
+
+def seed_of(*key) -> int:
+    """A 63-bit seed from a key of strings and numbers: equal keys, equal seeds, on every machine."""
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "little") >> 1
+
+
+def rng(*key) -> torch.Generator:
+    """A CPU generator keyed by strings and numbers, for instance rng("batch", seed, epoch)."""
+    return torch.Generator().manual_seed(seed_of(*key))
+
+
+@contextlib.contextmanager
+def seeded(*key) -> Iterator[None]:
+    """Seed torch's global generator inside the block only: module constructors draw their weights from it."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_of(*key))
+        yield
+
+
+# --------------------------------------------------------------------------------------------------------------- files
+
+
+def write_atomic(path: str | Path, writer: Callable[[Path], None]) -> None:
+    """Call `writer` on a temporary name beside `path`, flush it to disk, rename. A kill leaves the old file whole.
+
+    Raises UserError if the disk refuses (full, read-only, too large); the previous file is then intact.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        writer(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+        temporary.unlink(missing_ok=True)
+        reason = str(error).splitlines()[0]
+        raise UserError(f"could not write {path} ({reason}); free some space and resume, nothing was lost") from None
+
+
+def write_json(path: str | Path, value) -> None:
+    write_atomic(path, lambda tmp: tmp.write_text(json.dumps(value, indent=1) + "\n"))
+
+
+def load_checkpoint(path: str | Path) -> dict:
+    """torch.load without pickle's freedom, onto the CPU. Raises UserError for a truncated or foreign file."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except Exception as error:  # torch raises many kinds here
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path}: not a readable checkpoint ({reason}); delete it to start over") from None
+
+
+def save_grid(path: str | Path, x: Tensor, per_row: int = 10, at_least: int = 48) -> None:
+    """Write pixels (N, C, H, W), 1.0 = white, as one PNG: clamped for display, enlarged without smoothing."""
+    from PIL import Image
+    from torchvision.utils import make_grid
+
+    scale = max(1, math.ceil(at_least / x.shape[-1]))
+    x = x.detach().float().cpu().clamp(0, 1).repeat_interleave(scale, -1).repeat_interleave(scale, -2)
+    grid = make_grid(x, nrow=per_row, padding=max(2, scale // 2), pad_value=1.0)
+    pixels = (grid * 255).round().byte().permute(1, 2, 0).numpy()
+    write_atomic(path, lambda tmp: Image.fromarray(pixels).save(tmp, format="PNG"))
+
+
+# ------------------------------------------------------------------------------------------------------------- the run
+
+
+class Run:
+    """The folder and the log of one run.
+
+    folder, args (resolved), device, start (first step to do: 0, or where the checkpoint stands), step (last done).
+    """
+
+    def __init__(self, script: str, args, data_name: str, content: str):
+        """Make the folder, or reopen args.resume; `content` is the data's hash, which a resumed run must meet again.
+
+        Raises UserError if a flag that changes the method differs from the resumed run's.
+        """
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.name = Path(script).stem
+        self.device = pick_device(args.device)
+        self.content = content
+        if args.resume:
+            self.folder = Path(args.resume)
+            saved = dataclasses.asdict(load_args(type(args), self.folder))
+            args = fill(args, saved)
+            for key, value in dataclasses.asdict(args).items():
+                free = key in FREE_ON_RESUME or key.startswith("eval_")
+                if not free and json.loads(json.dumps(value)) != json.loads(json.dumps(saved[key])):
+                    flag = "--" + key.replace("_", "-")
+                    raise UserError(f"--resume: {flag} was {saved[key]}, now {value}; drop the flag or start a new run")
+        else:
+            self.folder = new_folder(Path(args.out_dir), f"{data_name}__{self.name}__{args.seed}")
+            shutil.copy(script, self.folder / "script.py")
+        self.args = args
+        write_json(self.folder / "args.json", dataclasses.asdict(args))
+        self.state = load_checkpoint(self.file("checkpoint.pt")) if self.file("checkpoint.pt").exists() else None
+        if self.state is not None and self.state.get("format") != f"{self.name} 1":
+            raise UserError(f"{self.file('checkpoint.pt')}: not a checkpoint of {self.name}; delete it to start over")
+        if self.state is not None and self.state["content"] != content:
+            raise UserError(f"--resume {self.folder}: the data changed since (content hash differs); start a new run")
+        self.start = self.state["step"] if self.state else 0
+        self.seconds_before = self.state["seconds"] if self.state else 0.0
+        self.began = time.monotonic()
+        self.board = SummaryWriter(str(self.folder), purge_step=self.start if args.resume else None)
+        self.bar = None
+        print(f"run: {self.folder} on {device_words(self.device)}, torch {torch.__version__}", flush=True)
+        if args.resume:
+            print(f"run: resumed at step {self.start}", flush=True)
+
+    def file(self, name: str) -> Path:
+        return self.folder / name
+
+    def seconds(self) -> float:
+        """Seconds this run has taken, the sessions before a resume included."""
+        return self.seconds_before + time.monotonic() - self.began
+
+    def steps(self, total: int) -> Iterator[int]:
+        """The steps still to do, start .. total - 1, behind a progress bar with the time left."""
+        every = 0.2 if sys.stderr.isatty() else 30.0
+        with tqdm(total=total, initial=self.start, desc=self.name, mininterval=every, dynamic_ncols=True) as self.bar:
+            self.ticked, self.tick_step = time.monotonic(), self.start
+            try:
+                for step in range(self.start, total):
+                    yield step
+                    self.bar.update()
+            except KeyboardInterrupt:
+                print(f"\nstopped; go on with: python {self.name}.py --resume {self.folder}", file=sys.stderr)
+                raise
+
+    def log(self, step: int, scalars: dict[str, float], context: str = "", show: str = "loss") -> None:
+        """Write scalars to TensorBoard with steps/s and memory; show one in the progress bar.
+
+        Raises UserError if one is not finite, naming all of them and `context` (n_s, d, lam).
+        """
+        if not all(math.isfinite(value) for value in scalars.values()):
+            terms = ", ".join(f"{key} {value:.4g}" for key, value in scalars.items())
+            raise UserError(
+                f"step {step}: not finite ({terms}; {context}); lower the learning rates or raise --ridge; "
+                f"the last good checkpoint stays in {self.folder}"
+            )
+        now = time.monotonic()
+        speed = {
+            "steps_per_s": (step - self.tick_step) / max(now - self.ticked, 1e-9),
+            "memory_gb": peak_memory() / 1e9,
+        }
+        self.ticked, self.tick_step = now, step
+        for key, value in (scalars | speed).items():
+            self.board.add_scalar(key, value, step)
+        if self.bar is not None:
+            self.bar.set_postfix_str(f"{show} {scalars[show]:.4f}")
+
+    def grid(self, step: int, total: int, x: Tensor, per_row: int = 10) -> None:
+        """At step 0, at powers of ten and at the end: the first 100 images as grid_{step}.png. x in pixel units."""
+        if step == total or step == 0 or math.log10(step).is_integer():
+            save_grid(self.file(f"grid_{step:06d}.png"), x[:100], per_row)
+
+    def save(self, step: int, **state) -> None:
+        """Write checkpoint.pt: `step` steps are done. Raises UserError rather than save a tensor that is not finite."""
+        for key, value in state.items():
+            if isinstance(value, Tensor) and not value.isfinite().all():
+                raise UserError(f"step {step}: {key} is not finite; the last good checkpoint stays in {self.folder}")
+        state |= dict(format=f"{self.name} 1", step=step, seconds=self.seconds(), content=self.content)
+        write_atomic(self.file("checkpoint.pt"), lambda tmp: torch.save(state, tmp))
+
+    def finish(self, **result) -> dict:
+        """Write result.json with what made it (flags, commit, versions, device, time, memory) and return it."""
+        facts = dict(
+            method=self.name,
+            seed=self.args.seed,
+            seconds=round(self.seconds(), 1),
+            peak_memory_bytes=peak_memory(),
+            device=device_words(self.device),
+            commit=commit(),
+            versions=versions(),
+            args=dataclasses.asdict(self.args),
+        )
+        result = result | facts
+        write_json(self.file("result.json"), result)
+        self.board.close()
+        print(f"run: {self.file('result.json')} after {result['seconds']:.0f} s, {peak_memory() / 1e9:.1f} GB")
+        return result
+
+
+def new_folder(parent: Path, prefix: str) -> Path:
+    """Make parent/prefix__time, with a counter if two runs start in the same second. Raises UserError if it cannot."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    for suffix in ["", *[f"-{i}" for i in range(2, 1000)]]:
+        try:
+            folder = parent / f"{prefix}__{stamp}{suffix}"
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            if parent.exists() and not parent.is_dir():
+                raise UserError(f"--out-dir {parent} is a file; name a folder") from None
+        except OSError as error:
+            raise UserError(f"--out-dir {parent}: cannot make a folder there ({error.strerror})") from None
+    raise UserError(f"--out-dir {parent}: a thousand runs started this second")
+
+
+def peak_memory() -> int:
+    """Peak bytes: of the GPU's allocator where it was used, else of the process."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def device_words(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def commit() -> str | None:
+    """The commit of the sources, "+changes" if they differ from it; None outside git."""
+    here = Path(__file__).parent
+    try:
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
+        status = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True)
+        return head.stdout.strip() + ("+changes" if status.stdout.strip() else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def versions() -> dict[str, str]:
+    return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
