@@ -1,0 +1,177 @@
+"""The distilled set as one safetensors file that describes itself, and what it is for: pretraining any network.
+
+Tensors: x (N, C, H, W) in pixel units (1.0 = white; not clamped: a learned image may leave [0, 1]), y (targets or
+labels), mean and std (C,). (x - mean) / std is what the networks saw. Metadata: strings only, see `save_distilled`.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from common.run import UserError, commit, rng, seeded, write_atomic
+
+FORMAT = "distilled 1"
+
+
+@dataclass
+class Distilled:
+    """A distilled set as loaded. x: (N, C, H, W) pixel units; y: (N, d) targets or (N, classes) scores."""
+
+    x: Tensor
+    y: Tensor
+    mean: Tensor
+    std: Tensor
+    method: str
+    data: str
+    y_is: str
+    class_names: list[str]
+    resize: str
+    step: int
+    seed: int
+    recipe: dict  # how it was meant to be evaluated
+    meta: dict = field(default_factory=dict)  # everything else in the file: teacher, commit, content hash, storage
+
+    @property
+    def channels(self) -> int:
+        return self.x.shape[1]
+
+    @property
+    def size(self) -> int:
+        return self.x.shape[-1]
+
+    def inputs(self) -> Tensor:
+        """(N, C, H, W) float32 as the networks take them: (x - mean) / std."""
+        return (self.x - self.mean[:, None, None]) / self.std[:, None, None]
+
+    def dataset(self) -> TensorDataset:
+        """A torch Dataset of (network input, y)."""
+        return TensorDataset(self.inputs(), self.y)
+
+
+def save_distilled(
+    path: str | Path,
+    x: Tensor,
+    y: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    *,
+    method: str,
+    data: str,
+    content: str,
+    y_is: str,
+    class_names: list[str],
+    resize: str,
+    step: int,
+    seed: int,
+    recipe: dict,
+    teacher: dict | None = None,
+) -> None:
+    """Write the set to `path` (temporary name, then rename). x in pixel units. Raises UserError if it cannot."""
+    tensors = {"x": x, "y": y, "mean": mean, "std": std}
+    tensors = {key: value.detach().float().cpu().contiguous().clone() for key, value in tensors.items()}
+    storage = sum(value.nbytes for value in tensors.values())
+    meta = dict(
+        format=FORMAT,
+        method=method,
+        data=data,
+        content=content,
+        y_is=y_is,
+        class_names=class_names,
+        resize=resize,
+        channels=x.shape[1],
+        num_images=len(x),
+        step=step,
+        seed=seed,
+        recipe=recipe,
+        teacher=teacher,
+        storage_bytes=storage,
+        commit=commit(),
+    )
+    text = {key: value if isinstance(value, str) else json.dumps(value) for key, value in meta.items()}
+    write_atomic(path, lambda tmp: save_file(tensors, tmp, metadata=text))
+
+
+def load_distilled(path: str | Path, method: str | None = None) -> Distilled:
+    """Read a file that `save_distilled` wrote.
+
+    Raises UserError if it is missing, truncated, of another format version, or not `method`'s.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such distilled set")
+    try:
+        with safe_open(path, "pt") as file:
+            text = file.metadata() or {}
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: not a readable distilled set ({str(error).splitlines()[0]})") from None
+    if text.get("format") != FORMAT:
+        raise UserError(f"{path}: format {text.get('format')!r}, this version reads {FORMAT!r}; distil it again")
+    if method is not None and text["method"] != method:
+        raise UserError(f"{path}: made by {text['method']}, not by {method}; name that method's artefact")
+    plain = ("format", "method", "data", "content", "y_is", "resize")  # strings; the rest is JSON
+    meta = {key: value if key in plain else json.loads(value) for key, value in text.items() if key != "commit"}
+    meta["commit"] = text.get("commit")
+    own = {key: meta.pop(key) for key in Distilled.__dataclass_fields__ if key in meta}
+    return Distilled(**tensors, **own, meta=meta)
+
+
+def fit_pairs(
+    net: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *key,
+    steps: int,
+    batch: int = 256,
+    lr: float = 0.1,
+    momentum: float = 0.9,
+    weight_decay: float = 1e-3,
+) -> float:
+    """Train net(x) -> y by mean squared error, in place: plain SGD, constant rate, no augmentation (KRR-ST's code).
+
+    x: (N, C, H, W) network inputs, y: (N, d), both on the net's device; key: of the batch order. Epochs keep their
+    last short batch. Returns the last loss. Raises UserError if it is not finite.
+    """
+    net.train()
+    optimizer = torch.optim.SGD(net.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay, foreach=True)
+    per_epoch = -(-len(x) // batch)
+    for step in range(steps):
+        if per_epoch == 1:
+            x_b, y_b = x, y
+        else:
+            if step % per_epoch == 0:
+                order = torch.randperm(len(x), generator=rng("fit", *key, step // per_epoch)).to(x.device)
+            index = order[step % per_epoch * batch :][:batch]
+            x_b, y_b = x[index], y[index]
+        loss = F.mse_loss(net(x_b), y_b)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    if not loss.isfinite():
+        raise UserError(f"pretraining on {len(x)} pairs ended at loss {loss.item()}; lower its learning rate {lr}")
+    return loss.item()
+
+
+def pretrain(module: nn.Module, distilled: Distilled, *, epochs: int = 1000, batch: int = 256, seed: int = 0, **sgd):
+    """Pretrain any nn.Module on a distilled set of (image, target feature) pairs, in place, on the module's device.
+
+    The module maps images to features of any shape; a linear head to the d targets is put on the flattened output
+    and returned (most uses drop it). sgd: lr, momentum, weight_decay of `fit_pairs`.
+    """
+    device = next(module.parameters()).device
+    x, y = distilled.inputs().to(device), distilled.y.to(device)
+    module.eval()
+    with torch.no_grad():
+        dim = module(x[:1]).flatten(1).shape[1]
+    with seeded("pretrain head", seed):
+        head = nn.Linear(dim, y.shape[1]).to(device)
+    steps = epochs * -(-len(x) // batch)
+    fit_pairs(nn.Sequential(module, nn.Flatten(), head), x, y, "pretrain", seed, steps=steps, batch=batch, **sgd)
+    return head

@@ -1,0 +1,132 @@
+"""Image augmentation for whole batches on the device: crops and flips, and the two views of self-supervised training.
+
+Every random number comes from the CPU generator that is passed in, so a run is the same on every device. Boxes and
+shifts become one sampling grid: no loop over images, no synchronisation.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def uniform(n: int, low: float, high: float, generator: torch.Generator, device: torch.device) -> Tensor:
+    return (torch.rand(n, generator=generator) * (high - low) + low).to(device)  # (n,)
+
+
+def crop_pad(size: int) -> int:
+    """Pixels of zero padding for the field's random crop: 4 from 28 px on (KRR-ST's code), an eighth below."""
+    return 4 if size >= 28 else max(1, size // 8)
+
+
+def crop_flip(x: Tensor, generator: torch.Generator, flip: bool, pad: int | None = None) -> Tensor:
+    """Zero-pad, crop each image at its own shift, mirror each with chance 1/2 (if `flip`).
+
+    x: (N, C, H, W), pixels or normalised; returns the same shape. One gather for the whole batch.
+    """
+    n, _, height, width = x.shape
+    pad = crop_pad(height) if pad is None else pad
+    shift = torch.randint(0, 2 * pad + 1, (2, n, 1), generator=generator).to(x.device)
+    rows = torch.arange(height, device=x.device) + shift[0]  # (N, H)
+    columns = torch.arange(width, device=x.device) + shift[1]  # (N, W)
+    if flip:
+        mirrored = torch.rand(n, 1, generator=generator).to(x.device) < 0.5
+        columns = torch.where(mirrored, columns.flip(1), columns)
+    padded = F.pad(x, (pad, pad, pad, pad))
+    index = torch.arange(n, device=x.device)
+    return padded[index[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+# ------------------------------------------------------------------------------------ views of self-supervised training
+
+
+def resized_crop(x: Tensor, generator: torch.Generator, scale: tuple[float, float], flip: bool) -> Tensor:
+    """A random box of each image, area in `scale`, aspect ratio in 3/4 .. 4/3, resized back (bilinear), half mirrored.
+
+    x: (N, C, H, W). A box wider than the image is clipped to it, as torchvision's fallback does on average.
+    """
+    n = x.shape[0]
+    area = uniform(n, *scale, generator, x.device)
+    ratio = uniform(n, -0.2876820724, 0.2876820724, generator, x.device).exp()  # log-uniform in 3/4 .. 4/3
+    width, height = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
+    left = uniform(n, 0, 1, generator, x.device) * (1 - width)
+    top = uniform(n, 0, 1, generator, x.device) * (1 - height)
+    sign = torch.ones_like(width)
+    if flip:
+        sign = torch.where(uniform(n, 0, 1, generator, x.device) < 0.5, -sign, sign)
+    theta = x.new_zeros(n, 2, 3)
+    theta[:, 0, 0], theta[:, 0, 2] = width * sign, 2 * left + width - 1
+    theta[:, 1, 1], theta[:, 1, 2] = height, 2 * top + height - 1
+    grid = F.affine_grid(theta, list(x.shape), align_corners=False)
+    return F.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=False)
+
+
+def grayscale(x: Tensor) -> Tensor:
+    """(N, 3, H, W) -> (N, 1, H, W): luma of ITU-R 601, as PIL and torchvision."""
+    return (x * x.new_tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)
+
+
+def shift_hue(x: Tensor, turns: Tensor) -> Tensor:
+    """Rotate the hue of pixels (N, 3, H, W) by `turns` (N,) of the circle, in the HSV hexcone."""
+    high, low = x.amax(1), x.amin(1)
+    chroma = (high - low).clamp(min=1e-8)
+    r, g, b = x.unbind(1)
+    hue = torch.where(
+        high == r, ((g - b) / chroma) % 6, torch.where(high == g, (b - r) / chroma + 2, (r - g) / chroma + 4)
+    )
+    hue = (hue / 6 + turns[:, None, None]) % 1
+    k = (hue[:, None] * 6 + hue.new_tensor([5.0, 3.0, 1.0])[:, None, None]) % 6  # HSV to RGB, channel by channel
+    return high[:, None] - (high - low)[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
+
+
+def colour_jitter(
+    x: Tensor, generator: torch.Generator, p: float, brightness: float, contrast: float, saturation: float, hue: float
+) -> Tensor:
+    """Brightness, contrast, saturation, hue with chance p an image, factors per image, order drawn once a batch.
+
+    x: pixels (N, C, H, W) in [0, 1]. One channel has neither saturation nor hue.
+    """
+    n = x.shape[0]
+    use = (uniform(n, 0, 1, generator, x.device) < p)[:, None, None, None]
+
+    def factor(strength: float) -> Tensor:
+        return uniform(n, max(0.0, 1 - strength), 1 + strength, generator, x.device)[:, None, None, None]
+
+    out = x
+    for kind in torch.randperm(4, generator=generator).tolist():
+        if kind == 0:
+            out = out * factor(brightness)
+        elif kind == 1:
+            luma = grayscale(out) if x.shape[1] == 3 else out
+            mean = luma.mean((1, 2, 3), keepdim=True)
+            out = mean + (out - mean) * factor(contrast)
+        elif kind == 2 and x.shape[1] == 3:
+            grey = grayscale(out)
+            out = grey + (out - grey) * factor(saturation)
+        elif kind == 3 and x.shape[1] == 3:
+            out = shift_hue(out, uniform(n, -hue, hue, generator, x.device))
+        out = out.clamp(0, 1)
+    return torch.where(use, out, x)
+
+
+def ssl_view(x: Tensor, generator: torch.Generator, scale: tuple[float, float], flip: bool, solarise: float) -> Tensor:
+    """One view of solo-learn's CIFAR recipe: crop, flip, jitter, grayscale, solarise with chance `solarise`; no blur.
+
+    x: pixels (N, C, H, W) in [0, 1]; returns pixels in [0, 1].
+    """
+    x = resized_crop(x, generator, scale, flip)
+    x = colour_jitter(x, generator, p=0.8, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1)
+    if x.shape[1] == 3:
+        grey = (uniform(x.shape[0], 0, 1, generator, x.device) < 0.2)[:, None, None, None]
+        x = torch.where(grey, grayscale(x).expand_as(x), x)
+    if solarise:
+        chosen = (uniform(x.shape[0], 0, 1, generator, x.device) < solarise)[:, None, None, None]
+        x = torch.where(chosen & (x >= 0.5), 1 - x, x)
+    return x
+
+
+def two_views(
+    x: Tensor, generator: torch.Generator, scale: tuple[float, float], flip: bool, solarise: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Two views of pixels (N, C, H, W): solarised with chance 0 and 0.2, as solo-learn's Barlow Twins on CIFAR."""
+    view_1 = ssl_view(x, generator, scale, flip, 0.0)
+    return view_1, ssl_view(x, generator, scale, flip, 0.2 if solarise else 0.0)

@@ -1,0 +1,379 @@
+"""Self-supervised teachers: train once and cache, or load (this project's, solo-learn's, torchvision's, timm's).
+
+A teacher is a frozen network g: images -> R^d (after the global average pool, no projector) with the constants its
+input is normalised by. Barlow Twins: Zbontar et al. 2021, arXiv:2103.03230, with solo-learn's CIFAR settings.
+"""
+
+import hashlib
+import importlib
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from common.augment import two_views
+from common.data import Data, normalise
+from common.models import ResNet
+from common.run import UserError, load_checkpoint, rng, seeded, write_atomic
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # what torchvision's and most published networks expect
+FORMAT = "teacher 1"
+
+
+@dataclass
+class Teacher:
+    """A frozen network in eval mode. mean, std: (C,) of pixels in [0, 1]; info: what made it, kept with artefacts."""
+
+    net: nn.Module
+    dim: int
+    mean: Tensor
+    std: Tensor
+    name: str
+    info: dict
+    folder: Path | None  # where targets are cached; None for networks of other makers
+
+    @torch.no_grad()
+    def targets(self, x: Tensor, device: torch.device, chunk: int = 256) -> Tensor:
+        """Un-augmented targets g(x) of uint8 or float pixels (N, C, H, W): (N, d) float32 on the CPU."""
+        parts = []
+        bar = tqdm(x.split(chunk), desc="teacher targets", leave=False, disable=len(x) < 20 * chunk)
+        for part in bar:
+            part = normalise(part.to(device), self.mean.to(device), self.std.to(device))
+            parts.append(self.net(part).flatten(1).float().cpu())
+        return torch.cat(parts)
+
+    def cached_targets(self, x: Tensor, content: str, split: str, device: torch.device) -> Tensor:
+        """`targets` of a whole split, read from the teacher's folder when they are there; content: the data's hash."""
+        if self.folder is None:
+            return self.targets(x, device)
+        path = self.folder / f"targets-{split}-{content[:12]}.safetensors"
+        if path.exists():
+            try:
+                targets = load_file(path)["targets"]
+                if targets.shape == (len(x), self.dim):
+                    return targets
+            except (SafetensorError, KeyError):
+                print(f"teacher: {path} is damaged; computing it again")
+        targets = self.targets(x, device)
+        write_atomic(path, lambda tmp: save_file({"targets": targets}, tmp))
+        return targets
+
+
+# --------------------------------------------------------------------------------------------------------- Barlow Twins
+
+
+def barlow_loss(z_1: Tensor, z_2: Tensor, off_diagonal: float) -> Tensor:
+    """Sum of (1 - C_ii)^2 plus off_diagonal times the sum of C_ij^2, C the batch cross-correlation. z: (B, D)."""
+    z_1, z_2 = (F.batch_norm(z, None, None, training=True) for z in (z_1, z_2))
+    correlation = z_1.T @ z_2 / len(z_1)  # (D, D)
+    on = correlation.diagonal()
+    return (on - 1).square().sum() + off_diagonal * (correlation.square().sum() - on.square().sum())
+
+
+def projector(d_in: int, hidden: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(d_in, hidden, bias=False),
+        nn.BatchNorm1d(hidden),
+        nn.ReLU(),
+        nn.Linear(hidden, hidden, bias=False),
+        nn.BatchNorm1d(hidden),
+        nn.ReLU(),
+        nn.Linear(hidden, hidden, bias=False),
+    )
+
+
+@torch.no_grad()
+def lars_(params: list[Tensor], lr: float, eta: float, weight_decay: float) -> None:
+    """Scale the gradients in place by LARS's layer-wise trust ratio, clipped at lr; the optimiser is then plain SGD.
+
+    You, Gitman and Ginsburg 2017, arXiv:1708.03888. Biases and norm parameters (one dimension) are left alone, as in
+    the Barlow Twins recipe.
+    """
+    params = [p for p in params if p.ndim > 1]
+    p_norms = torch.stack(torch._foreach_norm(params))
+    g_norms = torch.stack(torch._foreach_norm([p.grad for p in params]))
+    ratio = eta * p_norms / (g_norms + weight_decay * p_norms + 1e-8)
+    ratio = torch.where((p_norms > 0) & (g_norms > 0), (ratio / lr).clamp(max=1), 1.0)
+    for p, scale in zip(params, ratio, strict=True):
+        p.grad.add_(p, alpha=weight_decay).mul_(scale)
+
+
+def cosine_lr(step: int, steps: int, warmup: int, lr: float) -> float:
+    """Linear warm-up from lr / 10,000, then a cosine to zero."""
+    if step < warmup:
+        return lr * max(1e-4, step / warmup)
+    return lr * 0.5 * (1 + float(torch.cos(torch.tensor((step - warmup) / max(1, steps - warmup) * torch.pi))))
+
+
+@torch.no_grad()
+def knn_accuracy(f_train: Tensor, y_train: Tensor, f_test: Tensor, y_test: Tensor, k: int = 20) -> float:
+    """Accuracy of a k-nearest-neighbour vote by cosine, weighted by exp(similarity / 0.07) (Wu et al. 2018)."""
+    f_train, f_test = F.normalize(f_train, dim=1), F.normalize(f_test, dim=1)
+    k, classes, right = min(k, len(f_train)), int(y_train.max()) + 1, 0
+    for f, y in zip(f_test.split(512), y_test.split(512), strict=True):
+        similarity, index = (f @ f_train.T).topk(k)
+        votes = torch.zeros(len(f), classes).scatter_add_(1, y_train[index], (similarity / 0.07).exp())
+        right += int((votes.argmax(1) == y).sum())
+    return right / len(f_test)
+
+
+def train_teacher(
+    data: Data,
+    teachers: Path,
+    device: torch.device,
+    *,
+    arch: str = "resnet18",
+    width: int = 64,
+    stem_padding: int = 2,
+    epochs: int = 1000,
+    batch: int = 256,
+    lr: float = 0.3,
+    weight_decay: float = 1e-4,
+    projector_width: int = 2048,
+    off_diagonal: float = 0.0051,
+    crop_min: float = 0.08,
+    seed: int = 0,
+    precision: str = "fp32",
+) -> Teacher:
+    """Train a ResNet by Barlow Twins on data.x_train, or load it from `teachers` if it was trained before.
+
+    lr: per 256 images of batch (solo-learn 0.3); crop_min: smallest area of a view. The folder's name holds data,
+    method, architecture, epochs, seed and a hash of every setting and of the data's content. Stopped training goes on
+    from its last epoch checkpoint. Prints a k-NN accuracy as it goes (labelled data), which selects nothing.
+    Raises UserError if the loss is not finite.
+    """
+    batch = min(batch, len(data.x_train))
+    stem = "cifar" if data.size <= 96 else "imagenet"
+    info = dict(
+        format=FORMAT,
+        method="barlow",
+        data=data.name,
+        content=data.content,
+        mean=data.mean.tolist(),
+        std=data.std.tolist(),
+        channels=data.channels,
+        size=data.size,
+        arch=arch,
+        width=width,
+        stem=stem,
+        stem_padding=stem_padding,
+        epochs=epochs,
+        batch=batch,
+        lr=lr,
+        weight_decay=weight_decay,
+        projector_width=projector_width,
+        off_diagonal=off_diagonal,
+        crop_min=crop_min,
+        flip=data.flip,
+        seed=seed,
+        precision=precision,
+    )
+    digest = hashlib.sha256(json.dumps(info, sort_keys=True).encode()).hexdigest()[:8]
+    folder = Path(teachers) / f"{data.name}-barlow-{arch}x{width}-{epochs}ep-s{seed}-{digest}"
+    if (folder / "teacher.safetensors").exists():
+        print(f"teacher: {folder.name} (cached)")
+        return load_own(folder / "teacher.safetensors")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot make the teacher's folder ({error.strerror}); check --out-dir") from None
+
+    with seeded("teacher", seed):
+        net = ResNet(arch, data.channels, width, stem, stem_padding)
+        head = projector(net.dim, projector_width)
+    net, head = net.to(device), head.to(device)
+    params = [*net.parameters(), *head.parameters()]
+    optimizer = torch.optim.SGD(params, lr=lr, momentum=0.9)
+    per_epoch = len(data.x_train) // batch
+    steps, warmup, peak = epochs * per_epoch, min(10, epochs // 10 + 1) * per_epoch, lr * batch / 256
+    mean, std = data.mean.to(device), data.std.to(device)
+    start, seconds_before, began = 0, 0.0, time.monotonic()
+    if (folder / "checkpoint.pt").exists():
+        state = load_checkpoint(folder / "checkpoint.pt")
+        net.load_state_dict(state["net"])
+        head.load_state_dict(state["head"])
+        optimizer.load_state_dict(state["optimizer"])
+        start, seconds_before, info["knn"] = state["epoch"], state["seconds"], state["knn"]
+        print(f"teacher: {folder.name} goes on at epoch {start}")
+    info.setdefault("knn", {})
+    bar = tqdm(total=steps, initial=start * per_epoch, desc=f"teacher {folder.name}", mininterval=1, dynamic_ncols=True)
+    for epoch in range(start, epochs):
+        net.train(), head.train()
+        order = torch.randperm(len(data.x_train), generator=rng("teacher order", seed, epoch))
+        views = rng("teacher views", seed, epoch)
+        for i in range(per_epoch):
+            x = data.x_train[order[i * batch : (i + 1) * batch]].to(device) / 255
+            x_1, x_2 = two_views(x, views, (crop_min, 1.0), data.flip)
+            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+                z_1, z_2 = head(net(normalise(x_1, mean, std))), head(net(normalise(x_2, mean, std)))
+            loss = 0.1 * barlow_loss(z_1.float(), z_2.float(), off_diagonal)  # 0.1: solo-learn's scale
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.param_groups[0]["lr"] = cosine_lr(epoch * per_epoch + i, steps, warmup, peak)
+            lars_(params, optimizer.param_groups[0]["lr"], 0.02, weight_decay)
+            optimizer.step()
+            bar.update()
+        value = float(loss.detach())
+        if not torch.isfinite(loss):
+            raise UserError(f"teacher: loss is {value} in epoch {epoch}; lower --teacher-lr (last checkpoint stays)")
+        bar.set_postfix_str(f"loss {value:.3f}")
+        if data.labelled and (epoch + 1) % max(1, epochs // 5) == 0:
+            info["knn"][str(epoch + 1)] = round(quick_knn(net, data, device), 4)
+            tqdm.write(f"teacher: epoch {epoch + 1}/{epochs} loss {value:.3f} k-NN {info['knn'][str(epoch + 1)]:.1%}")
+        if (epoch + 1) % max(1, epochs // 100) == 0 and epoch + 1 < epochs:
+            state = dict(
+                net=net.state_dict(),
+                head=head.state_dict(),
+                optimizer=optimizer.state_dict(),
+                epoch=epoch + 1,
+                knn=info["knn"],
+                seconds=seconds_before + time.monotonic() - began,
+            )
+            write_atomic(folder / "checkpoint.pt", lambda tmp, state=state: torch.save(state, tmp))
+    bar.close()
+    info["seconds"] = round(seconds_before + time.monotonic() - began, 1)
+    weights = {key: value.cpu().contiguous() for key, value in net.state_dict().items()}
+    meta = {"info": json.dumps(info)}
+    write_atomic(folder / "teacher.safetensors", lambda tmp: save_file(weights, tmp, metadata=meta))
+    (folder / "checkpoint.pt").unlink(missing_ok=True)
+    print(f"teacher: {folder} in {info['seconds']:.0f} s")
+    return load_own(folder / "teacher.safetensors")
+
+
+def quick_knn(net: nn.Module, data: Data, device: torch.device) -> float:
+    """k-NN accuracy on at most 10,000 training and 2,000 test images, a fixed random subset."""
+    mean, std = data.mean.to(device), data.std.to(device)
+    net.eval()
+
+    def embed(x: Tensor, y: Tensor, most: int) -> tuple[Tensor, Tensor]:
+        index = torch.randperm(len(x), generator=rng("knn"))[:most]
+        with torch.no_grad():
+            parts = [net(normalise(x[i].to(device), mean, std)).float().cpu() for i in index.split(256)]
+        return torch.cat(parts), y[index]
+
+    return knn_accuracy(*embed(data.x_train, data.y_train, 10_000), *embed(data.x_test, data.y_test, 2_000))
+
+
+# -------------------------------------------------------------------------------------------------------------- loading
+
+
+def freeze(net: nn.Module) -> nn.Module:
+    return net.eval().requires_grad_(False)
+
+
+def load_own(path: Path) -> Teacher:
+    """A teacher written by train_teacher. Raises UserError for any other file."""
+    try:
+        with safe_open(path, "pt") as file:
+            info = json.loads((file.metadata() or {}).get("info", "{}"))
+        weights = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: not a readable teacher ({str(error).splitlines()[0]})") from None
+    if info.get("format") != FORMAT:
+        raise UserError(
+            f"{path}: not a teacher of this project (format {info.get('format')}); train one or name another"
+        )
+    net = ResNet(info["arch"], info["channels"], info["width"], info["stem"], info["stem_padding"])
+    net.load_state_dict(weights)
+    mean, std = torch.tensor(info["mean"]), torch.tensor(info["std"])
+    return Teacher(freeze(net), net.dim, mean, std, path.parent.name, info, path.parent)
+
+
+def load_teacher(spec: str, data: Data, device: torch.device, stem_padding: int = 2) -> Teacher:
+    """The teacher that --teacher names, on `device`.
+
+    spec: a file or folder of this project; a ResNet file with torchvision's or solo-learn's keys; "torchvision:NAME"
+    or "timm:NAME" for those libraries' pretrained networks. stem_padding: of a file whose stem is 3x3 (it cannot be
+    read from the weights; solo-learn's is 2). Raises UserError for a file that needs unpickling, another architecture,
+    missing keys, other channels than the data's.
+    """
+    if spec.startswith(("torchvision:", "timm:")):
+        teacher = load_library(*spec.split(":", 1))
+    else:
+        path = Path(spec)
+        path = path / "teacher.safetensors" if path.is_dir() else path
+        if not path.is_file():
+            raise UserError(f"--teacher {spec}: no such file; a path, torchvision:NAME or timm:NAME")
+        teacher = load_own(path) if path.suffix == ".safetensors" else load_resnet(path, data, stem_padding)
+    if len(teacher.mean) != data.channels:
+        raise UserError(f"--teacher {spec}: takes {len(teacher.mean)} channels, the data has {data.channels}")
+    teacher.net.to(device)
+    print(f"teacher: {teacher.name}, {teacher.dim} features")
+    return teacher
+
+
+def load_resnet(path: Path, data: Data, stem_padding: int) -> Teacher:
+    """A ResNet-10/18/50 file in torchvision's or solo-learn's keys, recognised by its layout, loaded strictly."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        if "weights_only" in str(error) or "Unsupported" in str(error):
+            convert = (
+                f"s = torch.load('{path}', map_location='cpu', weights_only=False); "
+                f"torch.save(s.get('state_dict', s), '{path}.clean.pt')"
+            )
+            raise UserError(
+                f"{path}: loading it would run pickled code; if you trust it, convert it once with "
+                f'python -c "import torch; {convert}" and name the .clean.pt'
+            ) from None
+        raise UserError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]})") from None
+    for key in ("state_dict", "model"):
+        state = state[key] if isinstance(state, dict) and isinstance(state.get(key), dict) else state
+    state = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    stems = [key for key in state if key.endswith("conv1.weight") and "layer" not in key]
+    if not stems:
+        raise UserError(f"{path}: no ResNet in it (no conv1.weight outside the layers)")
+    prefix = min(stems, key=len).removesuffix("conv1.weight")  # "", "backbone.", "encoder.", "module.encoder_q." ...
+    state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    heads = ("fc.", "projector.", "predictor.", "classifier.")
+    state = {key: value for key, value in state.items() if not key.startswith(heads)}
+    width, channels, kernel = state["conv1.weight"].shape[:3]
+    blocks = tuple(len({key.split(".")[1] for key in state if key.startswith(f"layer{i}.")}) for i in (1, 2, 3, 4))
+    arch = {(1, 1, 1, 1): "resnet10", (2, 2, 2, 2): "resnet18", (3, 4, 6, 3): "resnet50"}.get(blocks)
+    if arch is None or (arch == "resnet50") != ("layer1.0.conv3.weight" in state):
+        raise UserError(f"{path}: a ResNet with {blocks} blocks; resnet10, resnet18 and resnet50 are known")
+    stem = "cifar" if kernel == 3 else "imagenet"
+    net = ResNet(arch, channels, width, stem, stem_padding)
+    try:
+        net.load_state_dict(state)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{path}: does not fit a {arch} of width {width} ({reason})") from None
+    mean, std = (data.mean, data.std) if stem == "cifar" else map(torch.tensor, IMAGENET)
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    info = dict(method="file", file=path.name, sha256=digest, arch=arch, stem=stem, stem_padding=stem_padding)
+    info |= dict(mean=mean.tolist(), std=std.tolist())
+    return Teacher(freeze(net), net.dim, mean, std, f"{path.stem} ({arch}, {stem} stem)", info, None)
+
+
+def load_library(library: str, name: str) -> Teacher:
+    """torchvision's or timm's pretrained network without its classifier, with the constants it was trained with."""
+    try:
+        module = importlib.import_module("torchvision.models" if library == "torchvision" else "timm")
+        if library == "torchvision":
+            net = module.get_model(name, weights="DEFAULT")
+            preset = module.get_model_weights(name).DEFAULT.transforms()
+            mean, std = preset.mean, preset.std
+            layer = [key for key, child in net.named_modules() if isinstance(child, nn.Linear)][-1]
+            net.set_submodule(layer, nn.Identity())
+        else:
+            net = module.create_model(name, pretrained=True, num_classes=0)
+            mean, std = net.pretrained_cfg["mean"], net.pretrained_cfg["std"]
+    except ImportError:
+        raise UserError(f"--teacher {library}:{name}: {library} is not installed; pip install {library}") from None
+    except Exception as error:  # unknown names, no network: each library raises its own
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"--teacher {library}:{name}: {reason}; check the name and the network") from None
+    net = freeze(net)
+    with torch.no_grad():
+        dim = net(torch.zeros(2, len(mean), 224, 224)).flatten(1).shape[1]
+    info = dict(method=library, name=name, mean=list(mean), std=list(std))
+    return Teacher(net, dim, torch.tensor(mean), torch.tensor(std), f"{library}:{name}", info, None)
