@@ -113,10 +113,12 @@ class Args:
     """channels of its first stage (64 published); None: from the preset"""
     teacher_epochs: int | None = None
     """its epochs (1000 published); None: from the preset"""
-    teacher_batch: int = 256
-    """its batch"""
+    teacher_batch: int | None = None
+    """its batch (256 published); None: from the preset"""
     teacher_lr: float | None = None
     """LARS's learning rate per 256 images; None: from the preset"""
+    teacher_eta: float | None = None
+    """LARS's trust coefficient (solo-learn 0.02, Barlow Twins' authors 0.001); None: from the preset"""
     teacher_projector: int | None = None
     """width of the projector; None: from the preset"""
     teacher_crop_min: float | None = None
@@ -154,7 +156,9 @@ PUBLISHED = dict(
     teacher_arch="resnet18",
     teacher_width=64,
     teacher_epochs=1000,
+    teacher_batch=256,
     teacher_lr=0.3,
+    teacher_eta=0.02,
     teacher_projector=2048,
     teacher_crop_min=0.08,
     eval_probe_steps=5000,
@@ -173,7 +177,9 @@ DIGITS = PUBLISHED | dict(
     max_age=300,
     teacher_arch="resnet10",
     teacher_width=16,
-    teacher_epochs=60,
+    teacher_epochs=40,
+    teacher_batch=128,
+    teacher_eta=0.002,
     teacher_projector=256,
     teacher_crop_min=0.4,
     eval_probe_steps=300,
@@ -313,6 +319,7 @@ def main(args: Args) -> dict:
             epochs=args.teacher_epochs,
             batch=args.teacher_batch,
             lr=args.teacher_lr,
+            eta=args.teacher_eta,
             projector_width=args.teacher_projector,
             crop_min=args.teacher_crop_min,
             seed=args.teacher_seed,

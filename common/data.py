@@ -88,9 +88,9 @@ def load(
     """
     if size is not None and size < 1:
         raise UserError(f"--size {size}: give a number of pixels, for instance --size 32")
-    for flag, value, choices in (("resize", resize, ["squash", "crop"]), ("channels", channels, ["auto", "rgb", "grey"])):
+    for value, choices in ((resize, ["squash", "crop"]), (channels, ["auto", "rgb", "grey"])):
         if value not in choices:
-            raise UserError(f"--{flag} {value}: not one of {', '.join(choices)}")
+            raise UserError(f"{value!r}: not one of {', '.join(choices)}; give one of these")
     root, cache = Path(name), Path(data_dir) / "cache"
     safe = name if name in NAMED else re.sub(r"[^\w.-]+", "_", root.resolve().name).strip("._") or "folder"
     rule = "none" if size is None else resize
@@ -100,7 +100,7 @@ def load(
         x = np.ascontiguousarray(images[:, None] if images.ndim == 3 else images.transpose(0, 3, 1, 2))
         meta = _measure(_chunks(x), x.shape, labels, n_train, class_names) | {"resize": "none"}
         convert = size not in (None, x.shape[-1]) or channels not in ("auto", {1: "grey", 3: "rgb"}[x.shape[1]])
-        if not convert and name in NORMALISATION:
+        if name in NORMALISATION:  # of use at this size only: a conversion measures again
             meta["mean"], meta["std"] = NORMALISATION[name]
         key = meta["content"]
     elif root.is_dir():
@@ -119,7 +119,7 @@ def load(
     x = torch.from_numpy(x)
     y_train = y_test = None
     if labels is not None:
-        y_train, y_test = torch.tensor(labels[:n_train]), torch.tensor(labels[n_train:])
+        y_train, y_test = (torch.tensor(part, dtype=torch.int64) for part in (labels[:n_train], labels[n_train:]))
     mean, std = (torch.tensor(meta[key], dtype=torch.float32) for key in ("mean", "std"))
     flip = safe.lower() not in NO_FLIP  # by a folder's name too: a wrong flip harms, a missing one hardly
     return Data(safe, x[:n_train], y_train, x[n_train:], y_test, class_names, mean, std,
@@ -222,6 +222,7 @@ def _classes(root: Path, cache: Path) -> dict[str, list[str]]:
 
     The cache is no class (--data may be --data-dir). Raises UserError for a class or a folder without images.
     """
+
     def kept(name: str, folder: str | Path) -> bool:
         return not name.startswith(".") and os.path.abspath(f"{folder}/{name}") != os.path.abspath(cache)
 
@@ -252,7 +253,7 @@ def _stat_key(paths: list[str], root: Path) -> str:
     return key.hexdigest()
 
 
-# -------------------------------------------------------------------------------------------------- decoding and caching
+# ------------------------------------------------------------------------------------------------- decoding and caching
 
 
 def _cached(stem, images, labels, n_train, class_names, size, rule, channels) -> tuple[np.ndarray, dict]:

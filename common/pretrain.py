@@ -135,6 +135,7 @@ def train_teacher(
     epochs: int = 1000,
     batch: int = 256,
     lr: float = 0.3,
+    eta: float = 0.02,
     weight_decay: float = 1e-4,
     projector_width: int = 2048,
     off_diagonal: float = 0.0051,
@@ -144,9 +145,10 @@ def train_teacher(
 ) -> Teacher:
     """Train a ResNet by Barlow Twins on data.x_train, or load it from `teachers` if it was trained before.
 
-    lr: per 256 images of batch (solo-learn 0.3); crop_min: smallest area of a view. The folder's name holds data,
-    method, architecture, epochs, seed and a hash of every setting and of the data's content. Stopped training goes on
-    from its last epoch checkpoint. Prints a k-NN accuracy as it goes (labelled data), which selects nothing.
+    lr: per 256 images of batch (solo-learn 0.3); eta: LARS trust (solo-learn 0.02, the authors 0.001);
+    crop_min: smallest area of a view. The folder's name holds data, method, architecture, epochs, seed and a hash of
+    every setting and of the data's content. Stopped training goes on from its last epoch checkpoint. Prints a k-NN
+    accuracy as it goes (labelled data), which selects nothing.
     Raises UserError if the loss is not finite.
     """
     batch = min(batch, len(data.x_train))
@@ -167,6 +169,7 @@ def train_teacher(
         epochs=epochs,
         batch=batch,
         lr=lr,
+        eta=eta,
         weight_decay=weight_decay,
         projector_width=projector_width,
         off_diagonal=off_diagonal,
@@ -217,7 +220,7 @@ def train_teacher(
             optimizer.zero_grad()
             loss.backward()
             optimizer.param_groups[0]["lr"] = cosine_lr(epoch * per_epoch + i, steps, warmup, peak)
-            lars_(params, optimizer.param_groups[0]["lr"], 0.02, weight_decay)
+            lars_(params, optimizer.param_groups[0]["lr"], eta, weight_decay)
             optimizer.step()
             bar.update()
         value = float(loss.detach())

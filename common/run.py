@@ -136,16 +136,18 @@ def write_atomic(path: str | Path, writer: Callable[[Path], None]) -> None:
     Raises UserError if the disk refuses (full, read-only, too large); the previous file is then intact.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # two runs may write one teacher
     try:
         writer(temporary)
+        temporary.chmod(0o644)  # safetensors writes files that only their owner may read
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-        temporary.unlink(missing_ok=True)
         reason = str(error).splitlines()[0]
         raise UserError(f"could not write {path} ({reason}); free some space and resume, nothing was lost") from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_json(path: str | Path, value) -> None:

@@ -4,9 +4,9 @@
     spd_solve(L, b)    = (L Lᵀ)⁻¹ b
 
 Both compute in the dtype of their inputs. Nothing here waits for the device, except `raise_if_failed`: `cholesky_ex`
-leaves its verdict on the device, a matrix that has no factor gets a factor of NaN (that matrix only, the others of the
-batch are untouched), and the ops of krr.py note the first failure in a small tensor that the training loop reads with
-`raise_if_failed(step)` whenever it logs. The ridge is never changed silently.
+leaves its verdict on the device, triangular solves have none, a matrix that has no factor gets a factor of NaN (that
+matrix only, the others of the batch are untouched), and the ops of krr.py note the first failure in a small tensor that
+the training loop reads with `raise_if_failed(step)` whenever it logs. The ridge is never changed silently.
 """
 
 import math
@@ -83,7 +83,9 @@ def spd_solve(factor: Tensor, b: Tensor) -> Tensor:
     check_like("b", b, "factor", factor)
     if b.shape[-2] != factor.shape[-1]:
         raise ValueError(f"b has {b.shape[-2]} rows, but factor has {factor.shape[-1]}")
-    return torch.cholesky_solve(b, factor)
+    # not torch.cholesky_solve: it copies the factor, reads a status back on a CPU, and leaves a batch on a GPU to MAGMA
+    half = torch.linalg.solve_triangular(factor, b, upper=False)
+    return torch.linalg.solve_triangular(factor.mT, half, upper=True)
 
 
 # ----------------------------------------------------------------------------------------------------------- failures
