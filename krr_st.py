@@ -17,7 +17,7 @@ from torch import Tensor
 import kernels
 from common.artefact import load_distilled, save_distilled
 from common.augment import crop_flip
-from common.data import denormalise, describe, load, normalise
+from common.data import NAMED, denormalise, describe, load, normalise
 from common.evaluate import Protocol, evaluate_pairs, paired, table
 from common.models import ConvNet, convnet_depth
 from common.pretrain import load_teacher, train_teacher
@@ -36,14 +36,18 @@ class Args:
     """side of the images in pixels; None: as they are (a folder of unequal images needs it)"""
     resize: Literal["squash", "crop"] = "squash"
     """squash: straight to a square with Lanczos (published for fine-grained sets); crop: centre crop"""
+    channels: Literal["auto", "rgb", "grey"] = "auto"
+    """auto: grey folders stay one channel, a mixture is refused; rgb, grey: convert"""
     test_fraction: float = 0.2
     """share held out as test images of a folder without a test split"""
+    split_seed: int = 0
+    """seed of that split, apart from --seed so that all seeds share one split and one teacher"""
     preset: str | None = None
-    """whose defaults to take; None: the set's own name, folders by image size (8px, 32px, 64px, 224px)"""
+    """whose defaults to take; None: the set's own name, folders by image size (8px, 16px, 48px, 96px: from there on)"""
     out_dir: str = "runs"
     """run folders go here, teachers into its teachers/"""
     seed: int = 0
-    """seed of the split, the initial images, the networks and the batches"""
+    """seed of the initial images, the networks and the batches"""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps"""
     resume: str | None = None
@@ -194,9 +198,9 @@ PRESETS = {
     "imagenet": SIZE_64,
     "imagenette": SIZE_224 | dict(teacher="file", teacher_arch="resnet50"),
     "8px": DIGITS,
-    "32px": PUBLISHED,
-    "64px": SIZE_64,
-    "224px": SIZE_224 | dict(num_images=100),
+    "16px": PUBLISHED,
+    "48px": SIZE_64,
+    "96px": SIZE_224 | dict(num_images=100),
 }
 
 
@@ -290,15 +294,24 @@ class Pool:
 def main(args: Args) -> dict:
     # data
     device = pick_device(args.device)
-    sizes = dict(size=args.size, resize=args.resize, test_fraction=args.test_fraction)
-    data = load(args.data, data_dir=args.data_dir, seed=args.seed, labelled=False, **sizes)
-    named = not Path(args.data).is_dir()
+    data = load(
+        args.data,
+        data_dir=args.data_dir,
+        size=args.size,
+        resize=args.resize,
+        channels=args.channels,
+        test_fraction=args.test_fraction,
+        seed=args.split_seed,
+    )
+    named = args.data in NAMED and args.size is None
     preset = preset_name(PRESETS, args.preset, data.name, named, data.size)
     args = fill(args, PRESETS[preset])
     if not 1 <= args.num_images <= len(data.x_train):
         raise UserError(f"--num-images {args.num_images}: must be 1 to {len(data.x_train)}, the training images")
     if len(args.widths) != convnet_depth(data.size):
         raise UserError(f"--widths {args.widths}: {data.size} px images take {convnet_depth(data.size)} blocks")
+    if args.teacher == "file":
+        raise UserError(f"preset {preset} takes a published teacher: --teacher FILE, torchvision:resnet50 or train")
     print(f"data: {describe(data)}; preset {preset}")
     run = Run(__file__, args, data.name, data.content)
     args = run.args
@@ -306,8 +319,6 @@ def main(args: Args) -> dict:
     mean, std = data.mean.to(device), data.std.to(device)
 
     # teacher
-    if args.teacher == "file":
-        raise UserError(f"preset {preset} takes a published teacher: --teacher FILE, torchvision:resnet50 or train")
     if args.teacher == "train":
         teacher = train_teacher(
             data,
@@ -432,9 +443,9 @@ def main(args: Args) -> dict:
             kernels.raise_if_failed(done)
             relative = float(loss.detach()) / of_mean
             smooth = relative if smooth is None else 0.9 * smooth + 0.1 * relative
-            scalars = {"loss": relative, "loss_smooth": smooth, "mse": relative * of_mean, "lam": float(lam)}
+            scalars = {"loss": relative, "loss_smooth": smooth, "mse": relative * of_mean, "lam": float(lam.detach())}
             scalars |= {"age": float(pool.ages[slot]), "lr_img": decay.get_last_lr()[0]}
-            run.log(done, scalars, f"n_s {len(x_s)}, d {f_s.shape[1]}, lam {float(lam):.3g}")
+            run.log(done, scalars, f"n_s {len(x_s)}, d {f_s.shape[1]}")
         run.grid(done, args.steps, denormalise(x_s, mean, std))
         if args.eval_every and done % args.eval_every == 0 and done < args.steps:
             scores = evaluate(done, ("distilled",))["distilled"]

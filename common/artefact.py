@@ -92,7 +92,7 @@ def save_distilled(
         recipe=recipe,
         teacher=teacher,
         storage_bytes=storage,
-        commit=commit(),
+        commit=commit() or "unknown",
     )
     text = {key: value if isinstance(value, str) else json.dumps(value) for key, value in meta.items()}
     write_atomic(path, lambda tmp: save_file(tensors, tmp, metadata=text))
@@ -116,9 +116,8 @@ def load_distilled(path: str | Path, method: str | None = None) -> Distilled:
         raise UserError(f"{path}: format {text.get('format')!r}, this version reads {FORMAT!r}; distil it again")
     if method is not None and text["method"] != method:
         raise UserError(f"{path}: made by {text['method']}, not by {method}; name that method's artefact")
-    plain = ("format", "method", "data", "content", "y_is", "resize")  # strings; the rest is JSON
-    meta = {key: value if key in plain else json.loads(value) for key, value in text.items() if key != "commit"}
-    meta["commit"] = text.get("commit")
+    plain = ("format", "method", "data", "content", "y_is", "resize", "commit")  # strings; the rest is JSON
+    meta = {key: value if key in plain else json.loads(value) for key, value in text.items()}
     own = {key: meta.pop(key) for key in Distilled.__dataclass_fields__ if key in meta}
     return Distilled(**tensors, **own, meta=meta)
 

@@ -133,10 +133,9 @@ def finetune(net: ConvNet, data: Data, *key, device: torch.device, steps: int, l
 
 
 def score_features(
-    net, dim: int, data: Data, device: torch.device, protocol: Protocol, seed: int, run: int
+    net, dim: int, mean: Tensor, std: Tensor, data: Data, device: torch.device, protocol: Protocol, seed: int, run: int
 ) -> dict[str, float | list[float]]:
-    """probe, few_5 and few_1 (one value a draw) of a frozen feature map net: network inputs -> (N, dim)."""
-    mean, std = data.mean.to(device), data.std.to(device)
+    """probe, few_5 and few_1 (one value a draw) of a frozen feature map net: pixels by mean and std -> (N, dim)."""
 
     @torch.no_grad()
     def embed(x: Tensor) -> Tensor:
@@ -192,7 +191,7 @@ def score_pairs(
     predicted = apply_chunked(lambda part: net(normalise(part.to(device), mean, std)).cpu(), data.x_test)
     scores = {"match": matching_error(predicted, targets_test)}
     if data.labelled:
-        scores |= score_features(net.features, net.dim, data, device, protocol, seed, run)
+        scores |= score_features(net.features, net.dim, mean, std, data, device, protocol, seed, run)
         if protocol.finetune_steps:
             sgd = dict(steps=protocol.finetune_steps, lr=protocol.finetune_lr)
             scores["finetune"] = finetune(net, data, seed, run, device=device, **sgd)
@@ -226,7 +225,8 @@ def evaluate_pairs(
             bar.set_postfix_str(row)
             if row == "teacher":
                 flat = lambda x: teacher.net(x).flatten(1).float()  # noqa: E731
-                results[row].append(score_features(flat, teacher.dim, data, device, protocol, seed, run))
+                own = teacher.dim, teacher.mean, teacher.std
+                results[row].append(score_features(flat, *own, data, device, protocol, seed, run))
             else:
                 if row == "none":
                     pairs = None

@@ -7,6 +7,7 @@ input is normalised by. Barlow Twins: Zbontar et al. 2021, arXiv:2103.03230, wit
 import hashlib
 import importlib
 import json
+import shlex
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +54,7 @@ class Teacher:
         """`targets` of a whole split, read from the teacher's folder when they are there; content: the data's hash."""
         if self.folder is None:
             return self.targets(x, device)
-        path = self.folder / f"targets-{split}-{content[:12]}.safetensors"
+        path = self.folder / f"targets-{split}-{content[:12]}-{self.info['weights_sha256'][:8]}.safetensors"
         if path.exists():
             try:
                 targets = load_file(path)["targets"]
@@ -277,7 +278,7 @@ def load_own(path: Path) -> Teacher:
         with safe_open(path, "pt") as file:
             info = json.loads((file.metadata() or {}).get("info", "{}"))
         weights = load_file(path)
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{path}: not a readable teacher ({str(error).splitlines()[0]})") from None
     if info.get("format") != FORMAT:
         raise UserError(
@@ -285,8 +286,11 @@ def load_own(path: Path) -> Teacher:
         )
     net = ResNet(info["arch"], info["channels"], info["width"], info["stem"], info["stem_padding"])
     net.load_state_dict(weights)
+    info["weights_sha256"] = hashlib.sha256(
+        b"".join(weights[key].numpy().tobytes() for key in sorted(weights))
+    ).hexdigest()
     mean, std = torch.tensor(info["mean"]), torch.tensor(info["std"])
-    return Teacher(freeze(net), net.dim, mean, std, path.parent.name, info, path.parent)
+    return Teacher(freeze(net), net.dim, mean, std, path.resolve().parent.name, info, path.parent)
 
 
 def load_teacher(spec: str, data: Data, device: torch.device, stem_padding: int = 2) -> Teacher:
@@ -298,7 +302,7 @@ def load_teacher(spec: str, data: Data, device: torch.device, stem_padding: int 
     missing keys, other channels than the data's.
     """
     if spec.startswith(("torchvision:", "timm:")):
-        teacher = load_library(*spec.split(":", 1))
+        teacher = load_library(*spec.split(":", 1), data.size)
     else:
         path = Path(spec)
         path = path / "teacher.safetensors" if path.is_dir() else path
@@ -317,19 +321,19 @@ def load_resnet(path: Path, data: Data, stem_padding: int) -> Teacher:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        if "weights_only" in str(error) or "Unsupported" in str(error):
+        if "GLOBAL" in str(error) or "allowlisted" in str(error):  # torch's words for a class that it does not know
             convert = (
-                f"s = torch.load('{path}', map_location='cpu', weights_only=False); "
-                f"torch.save(s.get('state_dict', s), '{path}.clean.pt')"
+                f'import torch; s = torch.load({json.dumps(str(path))}, map_location="cpu", weights_only=False); '
+                f'torch.save(s.get("state_dict", s.get("model", s)), {json.dumps(f"{path}.clean.pt")})'
             )
             raise UserError(
                 f"{path}: loading it would run pickled code; if you trust it, convert it once with "
-                f'python -c "import torch; {convert}" and name the .clean.pt'
+                f"python -c {shlex.quote(convert)} and name the .clean.pt"
             ) from None
-        raise UserError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]})") from None
+        raise UserError(f"{path}: not a readable checkpoint ({type(error).__name__}); fetch it again") from None
     for key in ("state_dict", "model"):
         state = state[key] if isinstance(state, dict) and isinstance(state.get(key), dict) else state
-    state = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    state = {key: value for key, value in state.items() if isinstance(value, Tensor)} if isinstance(state, dict) else {}
     stems = [key for key in state if key.endswith("conv1.weight") and "layer" not in key]
     if not stems:
         raise UserError(f"{path}: no ResNet in it (no conv1.weight outside the layers)")
@@ -338,6 +342,8 @@ def load_resnet(path: Path, data: Data, stem_padding: int) -> Teacher:
     heads = ("fc.", "projector.", "predictor.", "classifier.")
     state = {key: value for key, value in state.items() if not key.startswith(heads)}
     width, channels, kernel = state["conv1.weight"].shape[:3]
+    if channels != data.channels:
+        raise UserError(f"{path}: takes {channels} channels, the data has {data.channels}")
     blocks = tuple(len({key.split(".")[1] for key in state if key.startswith(f"layer{i}.")}) for i in (1, 2, 3, 4))
     arch = {(1, 1, 1, 1): "resnet10", (2, 2, 2, 2): "resnet18", (3, 4, 6, 3): "resnet50"}.get(blocks)
     if arch is None or (arch == "resnet50") != ("layer1.0.conv3.weight" in state):
@@ -357,8 +363,11 @@ def load_resnet(path: Path, data: Data, stem_padding: int) -> Teacher:
     return Teacher(freeze(net), net.dim, mean, std, f"{path.stem} ({arch}, {stem} stem)", info, None)
 
 
-def load_library(library: str, name: str) -> Teacher:
-    """torchvision's or timm's pretrained network without its classifier, with the constants it was trained with."""
+def load_library(library: str, name: str, size: int) -> Teacher:
+    """torchvision's or timm's pretrained network without its classifier, with the constants it was trained with.
+
+    Raises UserError if it cannot be had or does not take images of `size` px.
+    """
     try:
         module = importlib.import_module("torchvision.models" if library == "torchvision" else "timm")
         if library == "torchvision":
@@ -370,13 +379,12 @@ def load_library(library: str, name: str) -> Teacher:
         else:
             net = module.create_model(name, pretrained=True, num_classes=0)
             mean, std = net.pretrained_cfg["mean"], net.pretrained_cfg["std"]
+        with torch.no_grad():
+            dim = freeze(net)(torch.zeros(2, len(mean), size, size)).flatten(1).shape[1]
     except ImportError:
         raise UserError(f"--teacher {library}:{name}: {library} is not installed; pip install {library}") from None
-    except Exception as error:  # unknown names, no network: each library raises its own
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"--teacher {library}:{name}: {reason}; check the name and the network") from None
-    net = freeze(net)
-    with torch.no_grad():
-        dim = net(torch.zeros(2, len(mean), 224, 224)).flatten(1).shape[1]
+    except Exception as error:  # unknown names, no network, a fixed image size: each library raises its own
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"--teacher {library}:{name}: {reason}; check the name, the network and --size") from None
     info = dict(method=library, name=name, mean=list(mean), std=list(std))
     return Teacher(net, dim, torch.tensor(mean), torch.tensor(std), f"{library}:{name}", info, None)

@@ -28,6 +28,8 @@ import tyro
 from torch import Tensor
 from tqdm import tqdm
 
+import kernels
+
 # flags that may differ when a run is resumed: where it runs, how often it writes, how it is scored
 FREE_ON_RESUME = {"resume", "device", "data_dir", "out_dir", "log_every", "save_every", "full_row"}
 
@@ -49,7 +51,7 @@ def cli(main: Callable, args_class: type) -> None:
             elif word.startswith("--resume="):
                 default = load_args(args_class, word.split("=", 1)[1])
         main(tyro.cli(args_class, default=default, description=sys.modules[main.__module__].__doc__))
-    except UserError as error:
+    except (UserError, kernels.FailedFactorization) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -69,13 +71,15 @@ def load_args(args_class: type, folder: str | Path):
     fields = {f.name for f in dataclasses.fields(args_class)}
     if unknown := sorted(set(saved) - fields):
         raise UserError(f"--resume {folder}: made by another script or version (it has {', '.join(unknown)})")
+    saved = {key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()}
     return args_class(**saved | {"resume": str(folder)})
 
 
 def preset_name(presets: dict[str, dict], choice: str | None, data_name: str, named: bool, size: int) -> str:
-    """The key of `presets` to use: --preset, else the set's own name, else by image size ("32px" serves 32 to 63).
+    """The key of `presets` to use: --preset, else the set's own name, else by image size ("16px": from 16 px on).
 
-    A folder is judged by its size, never by its name. Raises UserError for an unknown choice.
+    named: whether the data is the public set of that name at its own size; a folder is judged by its size, never by
+    its name. Raises UserError for an unknown choice.
     """
     if choice is not None:
         if choice not in presets:

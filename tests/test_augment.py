@@ -1,0 +1,276 @@
+"""common/augment.py: every operation against a loop over images that is given the same random numbers."""
+
+import colorsys
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms.functional import adjust_hue
+
+import common.augment
+from common.augment import colour_jitter, crop_flip, crop_pad, grayscale, resized_crop, shift_hue, ssl_view, two_views
+from common.data import NO_FLIP, load
+
+F64 = torch.float64
+JITTER = dict(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1)
+
+
+def gen(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def images(n=6, channels=3, size=8, seed=9, **kind):
+    return torch.rand(n, channels, size, size, generator=gen(seed), **kind)
+
+
+# -------------------------------------------------------------------------------------------------------- crop and flip
+
+
+def naive_crop_flip(x, generator, flip, pad):
+    """Pixel by pixel."""
+    n, channels, height, width = x.shape
+    shifts = torch.randint(0, 2 * pad + 1, (2, n, 1), generator=generator)[..., 0].tolist()
+    mirrored = (torch.rand(n, 1, generator=generator) < 0.5)[:, 0].tolist() if flip else [False] * n
+    out = torch.zeros_like(x)
+    for b in range(n):
+        for i in range(height):
+            for j in range(width):
+                row = i + shifts[0][b] - pad
+                column = (width - 1 - j if mirrored[b] else j) + shifts[1][b] - pad
+                if 0 <= row < height and 0 <= column < width:
+                    out[b, :, i, j] = x[b, :, row, column]
+    return out
+
+
+@pytest.mark.parametrize(
+    ("flip", "pad", "shape"), [(True, None, (7, 3, 8, 8)), (False, 3, (5, 1, 6, 6)), (True, 4, (6, 2, 5, 7))]
+)
+def test_crop_flip_is_the_loop(flip, pad, shape):
+    x = torch.randn(shape, generator=gen(3))
+    expected = naive_crop_flip(x, gen(1), flip, crop_pad(shape[2]) if pad is None else pad)
+    assert torch.equal(crop_flip(x, gen(1), flip, pad), expected)
+
+
+def test_crop_flip_pads_four_pixels_from_28_on():
+    assert [crop_pad(size) for size in (4, 8, 16, 27, 28, 32, 64, 224)] == [1, 1, 2, 3, 4, 4, 4, 4]
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_crop_flip_draws_every_shift_alike_and_mirrors_half(flip):
+    n = 9000
+    x = torch.zeros(n, 1, 8, 8)
+    x[:, :, 4, 2] = 1  # lands in columns 1 to 3, mirrored in 4 to 6
+    out = crop_flip(x, gen(), flip)
+    places = out.flatten(1).argmax(1)
+    assert (out.flatten(1).sum(1) == 1).all()
+    rows, columns = places // 8, places % 8
+    mirrored = columns > 3
+    counts = torch.bincount((rows - 3) * 3 + torch.where(mirrored, 6 - columns, columns - 1), minlength=9)
+    assert len(counts) == 9
+    chi_square = ((counts - n / 9) ** 2 / (n / 9)).sum().item()
+    assert chi_square < 26.1  # 8 degrees of freedom, one in a thousand; the seed is fixed
+    assert abs(mirrored.sum().item() - n / 2) < 4 * math.sqrt(n / 4) if flip else not mirrored.any()
+
+
+def test_digits_are_never_mirrored():
+    data = load("digits")
+    assert not data.flip and "mnist" in NO_FLIP and "svhn" in NO_FLIP
+    ramp = torch.linspace(0, 1, 8).expand(200, 1, 8, 8)
+    view = resized_crop(ramp, gen(), (0.3, 1.0), data.flip)
+    assert (view[..., 1:] >= view[..., :-1]).all()
+
+
+# --------------------------------------------------------------------------------------------------------- resized crop
+
+
+def naive_resized_crop(x, generator, scale, flip):
+    """A bilinear look-up for every output pixel; sample positions outside the centres take the border's value."""
+    n, _, height, width = x.shape
+    draw = lambda low, high: torch.rand(n, generator=generator).double() * (high - low) + low  # noqa: E731
+    area, ratio = draw(*scale), draw(-math.log(4 / 3), math.log(4 / 3)).exp()
+    w, h = (area * ratio).sqrt().clamp(max=1).tolist(), (area / ratio).sqrt().clamp(max=1).tolist()
+    left, top = draw(0, 1).tolist(), draw(0, 1).tolist()
+    mirrored = (draw(0, 1) < 0.5).tolist() if flip else [False] * n
+    out = torch.zeros_like(x)
+    for b in range(n):
+        for i in range(height):
+            for j in range(width):
+                across = (width - 1 - j if mirrored[b] else j) + 0.5
+                u = ((1 - w[b]) * left[b] + w[b] * across / width) * width - 0.5
+                v = ((1 - h[b]) * top[b] + h[b] * (i + 0.5) / height) * height - 0.5
+                u, v = min(max(u, 0.0), width - 1.0), min(max(v, 0.0), height - 1.0)
+                a, c = min(int(u), width - 2), min(int(v), height - 2)
+                s, t = u - a, v - c
+                upper = (1 - s) * x[b, :, c, a] + s * x[b, :, c, a + 1]
+                lower = (1 - s) * x[b, :, c + 1, a] + s * x[b, :, c + 1, a + 1]
+                out[b, :, i, j] = (1 - t) * upper + t * lower
+    return out
+
+
+@pytest.mark.parametrize(("scale", "flip"), [((0.08, 1.0), True), ((0.4, 0.6), False), ((1.0, 1.0), True)])
+def test_resized_crop_is_the_bilinear_loop(scale, flip):
+    x = images(5, dtype=F64)
+    expected = naive_resized_crop(x, gen(2), scale, flip)
+    torch.testing.assert_close(resized_crop(x, gen(2), scale, flip), expected, rtol=0, atol=1e-5)  # draws are float32
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_the_whole_image_as_box_is_the_image(monkeypatch, mirrored):
+    whole = iter([1.0, 0.0, 0.3, 0.7, 0.4 if mirrored else 0.6])  # area, log ratio, left, top, mirror
+    monkeypatch.setattr(common.augment, "uniform", lambda n, *rest: torch.full((n,), next(whole)))
+    x = images()
+    out = resized_crop(x, gen(), (1.0, 1.0), True)
+    torch.testing.assert_close(out, x.flip(3) if mirrored else x, rtol=0, atol=1e-6)
+
+
+def test_boxes_stay_inside_and_keep_to_their_ranges():
+    n, size = 2000, 16
+    ramp = (torch.arange(size, dtype=F64) + 0.5) / size
+    x = torch.stack([ramp.expand(size, size), ramp[:, None].expand(size, size)]).expand(n, 2, size, size)
+    out = resized_crop(x, gen(), (0.2, 0.5), True)
+    middle = out[:, :, size // 2 - 1 : size // 2 + 1, size // 2 - 1 : size // 2 + 1]  # away from the border's clamp
+    width, height = (middle[:, 0, 0, 1] - middle[:, 0, 0, 0]) * size, (middle[:, 1, 1, 0] - middle[:, 1, 0, 0]) * size
+    mirrored, width = width < 0, width.abs()
+    area, ratio, centre = width * height, width / height, middle.mean((2, 3))  # centre: (n, 2)
+    assert 0.2 - 1e-5 < area.min() < 0.21 and 0.49 < area.max() < 0.5 + 1e-5
+    assert 3 / 4 - 1e-4 < ratio.min() < 0.76 and 1.32 < ratio.max() < 4 / 3 + 1e-4
+    assert abs(ratio.log().mean()) < 4 * 2 * math.log(4 / 3) / math.sqrt(12 * n)  # uniform in the logarithm
+    for centre_1d, side in ((centre[:, 0], width), (centre[:, 1], height)):
+        start = (centre_1d - side / 2) / (1 - side)
+        assert -1e-4 < start.min() < 0.01 and 0.99 < start.max() < 1 + 1e-4
+    assert abs(mirrored.sum().item() - n / 2) < 4 * math.sqrt(n / 4)
+
+
+# --------------------------------------------------------------------------------------------------------------- colour
+
+
+def test_grayscale_is_pils():
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
+    ours = grayscale(torch.from_numpy(pixels).permute(2, 0, 1)[None].double())[0, 0]
+    theirs = torch.from_numpy(np.array(Image.fromarray(pixels).convert("L"))).double()
+    assert (ours - theirs).abs().max() < 0.51  # PIL rounds
+    assert grayscale(torch.ones(1, 3, 2, 2)).sum() == pytest.approx(4)
+
+
+def test_shift_hue_is_colorsys():
+    x = images(4, size=6, dtype=F64)
+    x[0, :, 0] = torch.tensor([0.5, 0.0, 1.0])[:, None].expand(3, 6)  # one hue
+    x[0, :, 1] = 0.3  # grey
+    x[0, :, 2] = 0.0  # black
+    x[0, :, 3] = torch.eye(3, dtype=F64).repeat(1, 2)  # primaries
+    x[0, :, 4] = 1 - torch.eye(3, dtype=F64).repeat(1, 2)  # two channels at the top
+    turns = torch.tensor([0.3, -0.1, 0.5, 0.0], dtype=F64)
+    expected = torch.zeros_like(x)
+    for b, turn in enumerate(turns.tolist()):
+        for i in range(6):
+            for j in range(6):
+                hue, saturation, value = colorsys.rgb_to_hsv(*x[b, :, i, j].tolist())
+                rgb = colorsys.hsv_to_rgb((hue + turn) % 1, saturation, value)
+                expected[b, :, i, j] = torch.tensor(rgb, dtype=F64)
+    torch.testing.assert_close(shift_hue(x, turns), expected, rtol=0, atol=1e-10)
+
+
+def test_shift_hue_is_torchvisions():
+    x, turns = images(5), torch.tensor([-0.5, -0.1, 0.0, 0.07, 0.5])
+    expected = torch.stack([adjust_hue(image, turn) for image, turn in zip(x, turns.tolist(), strict=True)])
+    ours = shift_hue(x, turns)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
+    assert ours.min() >= 0 and ours.max() <= 1
+
+
+def naive_jitter(x, generator, p, brightness, contrast, saturation, hue):
+    """Image by image, with torchvision's hue."""
+    n, channels = x.shape[:2]
+    weights = [0.299, 0.587, 0.114] if channels == 3 else [1.0]
+    luma = lambda image: sum(w * plane for w, plane in zip(weights, image, strict=True))  # noqa: E731
+    use = (torch.rand(n, generator=generator) < p).tolist()
+    out = list(x)
+    for kind in torch.randperm(4, generator=generator).tolist():
+        if channels == 1 and kind > 1:
+            continue
+        draws = torch.rand(n, generator=generator).tolist()
+        for b, draw in enumerate(draws):
+            if kind == 0:
+                new = out[b] * (1 - brightness + 2 * brightness * draw)
+            elif kind == 1:
+                new = luma(out[b]).mean() + (out[b] - luma(out[b]).mean()) * (1 - contrast + 2 * contrast * draw)
+            elif kind == 2:
+                new = luma(out[b]) + (out[b] - luma(out[b])) * (1 - saturation + 2 * saturation * draw)
+            else:
+                new = adjust_hue(out[b], -hue + 2 * hue * draw)
+            out[b] = new.clamp(0, 1)
+    return torch.stack([new if chosen else old for new, old, chosen in zip(out, x, use, strict=True)])
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("seed", range(5))  # five orders
+def test_colour_jitter_is_the_loop(channels, seed):
+    x = images(16, channels)
+    expected = naive_jitter(x, gen(seed), 0.5, **JITTER)
+    ours = colour_jitter(x, gen(seed), 0.5, **JITTER)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
+    changed = (ours != x).flatten(1).any(1)
+    assert changed.any() and not changed.all()
+
+
+def test_colour_jitter_of_strength_zero_or_chance_zero_is_the_identity():
+    x, nothing = images(), dict.fromkeys(JITTER, 0.0)
+    torch.testing.assert_close(colour_jitter(x, gen(), 1.0, **nothing), x, rtol=0, atol=1e-6)
+    assert torch.equal(colour_jitter(x, gen(), 0.0, **JITTER), x)
+
+
+def test_one_channel_has_neither_saturation_nor_hue():
+    x = images(channels=1)
+    only_colour = dict(brightness=0.0, contrast=0.0, saturation=0.9, hue=0.5)
+    torch.testing.assert_close(colour_jitter(x, gen(), 1.0, **only_colour), x, rtol=0, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------------------ two views
+
+
+def test_views_follow_the_recipe(monkeypatch):
+    """Crop and jitter stubbed: what is left is grayscale (1 in 5) and solarising (1 in 5, second view only)."""
+    calls = []
+    monkeypatch.setattr(common.augment, "resized_crop", lambda x, generator, *rest: calls.append(rest) or x)
+    monkeypatch.setattr(common.augment, "colour_jitter", lambda x, generator, **how: calls.append(how) or x)
+    n = 2000
+    x = torch.tensor([0.9, 0.2, 0.5])[:, None, None].expand(n, 3, 2, 2)
+    grey = 0.299 * 0.9 + 0.587 * 0.2 + 0.114 * 0.5
+    kinds = {(0.9, 0.2, 0.5): "plain", (0.1, 0.2, 0.5): "solarised", (grey,) * 3: "grey"}
+    for solarise in (True, False):
+        for view, chance in zip(two_views(x, gen(), (0.3, 1.0), True, solarise), (0, 0.2 * solarise), strict=True):
+            found = {tuple(round(v, 4) for v in key): name for key, name in kinds.items()}
+            seen = [found[tuple(round(v, 4) for v in row)] for row in view[:, :, 0, 0].tolist()]
+            four_sigma = 4 * math.sqrt(0.2 * 0.8 * n)
+            assert abs(seen.count("grey") - 0.2 * n) < four_sigma
+            assert abs(seen.count("solarised") - 0.8 * chance * n) < four_sigma * bool(chance) + 1e-9
+    assert calls == [((0.3, 1.0), True), dict(p=0.8, **JITTER)] * 4
+
+
+def test_views_solarise_grey_images_too():
+    x = torch.full((500, 1, 4, 4), 0.75)
+    view = ssl_view(x, gen(), (1.0, 1.0), False, solarise=1.0)
+    plain = ssl_view(x, gen(), (1.0, 1.0), False, solarise=0.0)
+    torch.testing.assert_close(view, torch.where(plain >= 0.5, 1 - plain, plain))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_views_stay_pixels_and_repeat_by_seed(channels):
+    x = images(300, channels)
+    x[:50], x[50:100] = 0.0, 1.0  # the ends of the range
+    views, again = (two_views(x, gen(4), (0.08, 1.0), True) for _ in range(2))
+    for view, same in zip(views, again, strict=True):
+        assert view.min() >= 0 and view.max() <= 1 and view.isfinite().all()
+        assert torch.equal(view, same)
+    others = [*two_views(x, gen(5), (0.08, 1.0), True), views[1]]
+    for other in others:
+        assert (other[100:] - views[0][100:]).abs().flatten(1).amax(1).gt(1e-3).all()
+
+
+@pytest.mark.parametrize("make", [crop_flip, lambda x, g, f: resized_crop(x, g, (0.2, 1.0), f)])
+def test_crops_repeat_by_seed(make):
+    x = images(20)
+    assert torch.equal(make(x, gen(1), True), make(x, gen(1), True))
+    assert not torch.equal(make(x, gen(1), True), make(x, gen(2), True))

@@ -1,0 +1,553 @@
+"""krr_st.py: the mathematics against naive restatements, the pool, a whole small run, resume, bad input."""
+
+import dataclasses
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import nn
+
+import common.run
+import krr_st
+from common.artefact import load_distilled
+from common.data import load
+from krr_st import Args, Pool, batch_index, krr_st_loss, main, phi, ridge_lam
+
+REPO = Path(krr_st.__file__).parent
+TINY = dict(
+    steps=12, num_images=5, batch_real=64, widths=(4, 4), pool=3, max_age=4, log_every=1, save_every=4, device="cpu",
+    teacher_width=2, teacher_epochs=2, teacher_projector=8, eval_runs=2, eval_epochs=4, eval_probe_steps=3,
+    eval_finetune_steps=2,
+)  # fmt: skip
+
+
+def tiny(out_dir, **changes) -> Args:
+    return Args(**TINY | {"out_dir": str(out_dir)} | changes)
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory):
+    """An out-dir whose teacher is trained, so that tests that copy it only distil."""
+    out_dir = tmp_path_factory.mktemp("teachers")
+    result = main(tiny(out_dir))
+    return out_dir, result
+
+
+@pytest.fixture
+def out_dir(tmp_path, teachers):
+    shutil.copytree(teachers[0] / "teachers", tmp_path / "runs" / "teachers")
+    return tmp_path / "runs"
+
+
+def only_run(out_dir: Path) -> Path:
+    (folder,) = [p for p in out_dir.iterdir() if p.name != "teachers"]
+    return folder
+
+
+# -------------------------------------------------------------------------------------------------------- mathematics
+
+
+def naive_loss(net, x_s, y_s, f_t, y_t, ridge, scale, grad):
+    """The outer objective word for word: Gram matrices with the ones column, LU solve, autograd."""
+    f_s = torch.cat([net(x_s), torch.ones(len(x_s), 1, dtype=x_s.dtype)], 1)
+    k_ss, k_ts = f_s @ f_s.T, f_t @ f_s.T
+    trace = k_ss.trace() if grad else k_ss.trace().detach()
+    lam = ridge * trace / (len(x_s) if scale == "trace_mean" else 1)
+    alpha = torch.linalg.solve(k_ss + lam * torch.eye(len(x_s), dtype=x_s.dtype), y_s)
+    return ((k_ts @ alpha - y_t) ** 2).sum() / y_t.numel()
+
+
+def naive_primal_loss(net, x_s, y_s, f_t, y_t, ridge, scale, grad):
+    """The same by the d x d system."""
+    f_s = torch.cat([net(x_s), torch.ones(len(x_s), 1, dtype=x_s.dtype)], 1)
+    trace = f_s.square().sum() if grad else f_s.square().sum().detach()
+    lam = ridge * trace / (len(x_s) if scale == "trace_mean" else 1)
+    head = torch.linalg.solve(f_s.T @ f_s + lam * torch.eye(f_s.shape[1], dtype=x_s.dtype), f_s.T @ y_s)
+    return ((f_t @ head - y_t) ** 2).sum() / y_t.numel()
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("scale", ["trace", "trace_mean"])
+@pytest.mark.parametrize(
+    ("n_s", "n_t", "d", "c", "naive"),
+    [(9, 14, 30, 3, naive_loss), (9, 14, 30, 40, naive_loss), (40, 14, 11, 5, naive_primal_loss)],
+    ids=["dual, small c", "dual, large c", "primal"],
+)
+def test_loss_and_gradients_equal_the_naive_restatement(n_s, n_t, d, c, naive, scale, grad):
+    """Value and gradients for images and targets, float64, to 1e-9 relative; features from a smooth random network."""
+    g = torch.Generator().manual_seed(d + c)
+    draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
+    weight = draw(7, d)
+    net = lambda x: torch.tanh(x @ weight)  # noqa: E731
+    x_s, y_s = draw(n_s, 7).requires_grad_(), draw(n_s, c).requires_grad_()
+    f_t, y_t = phi(net(draw(n_t, 7))), draw(n_t, c)
+    ridge = 1e-3
+    f_s = phi(net(x_s))
+    lam = ridge * f_s.square().sum() / (n_s if scale == "trace_mean" else 1)  # float64, unlike ridge_lam's float32
+    assert ridge_lam(f_s, ridge, scale, grad).item() == pytest.approx(lam.item(), rel=1e-6)
+    assert ridge_lam(f_s, ridge, scale, grad).requires_grad == grad
+    ours = krr_st_loss(f_s, y_s, f_t, y_t, lam if grad else lam.detach())
+    theirs = naive(net, x_s, y_s, f_t, y_t, ridge, scale, grad)
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=0)
+    for a, b in zip(torch.autograd.grad(ours, [x_s, y_s]), torch.autograd.grad(theirs, [x_s, y_s]), strict=True):
+        assert (a - b).norm() <= 1e-9 * b.norm()
+
+
+def test_ridge_lam_is_the_trace_of_the_gram_matrix_with_its_gradient():
+    f_s = torch.randn(4, 6, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    (grad,) = torch.autograd.grad(ridge_lam(f_s, 1e-3, "trace_mean", True), f_s)
+    torch.testing.assert_close(grad, 2e-3 * f_s / 4)
+    torch.testing.assert_close(ridge_lam(f_s, 2.0, "trace", False), 2.0 * (f_s @ f_s.T).trace().detach())
+
+
+def test_phi_appends_the_constant_feature():
+    f = torch.arange(6.0).view(2, 3)
+    assert torch.equal(phi(f), torch.tensor([[0.0, 1, 2, 1], [3, 4, 5, 1]]))
+
+
+def test_batches_are_shuffled_epochs_that_keep_the_short_one():
+    epochs = [[batch_index(step, 10, 4, seed=1) for step in range(e * 3, e * 3 + 3)] for e in range(2)]
+    for epoch in epochs:
+        assert [len(b) for b in epoch] == [4, 4, 2]
+        assert sorted(torch.cat(epoch).tolist()) == list(range(10))
+    assert torch.cat(epochs[0]).tolist() != torch.cat(epochs[1]).tolist()
+    assert batch_index(0, 10, 4, seed=2).tolist() != epochs[0][0].tolist()
+
+
+# --------------------------------------------------------------------------------------------------------------- pool
+
+
+def small_pool(**changes) -> tuple[Pool, torch.Tensor, torch.Tensor]:
+    args = Args(**dict(pool=4, max_age=5, lr_net=0.01) | changes)
+    pool = Pool(lambda: nn.Linear(3, 2), torch.device("cpu"), args)
+    return pool, torch.eye(3), torch.ones(3, 2)
+
+
+def test_the_pool_starts_at_spread_ages_that_were_really_trained():
+    pool, x_s, y_s = small_pool(pool=8, max_age=50)
+    fresh = [net.weight.clone() for net in pool.nets]
+    pool.warm_up(x_s, y_s)
+    assert len(set(pool.ages)) > 4 and all(1 <= age < 50 for age in pool.ages)
+    for slot, age in enumerate(pool.ages):
+        twin, *_ = small_pool(pool=8, max_age=50)
+        assert torch.equal(twin.nets[slot].weight, fresh[slot])
+        for _ in range(age):
+            twin.train(slot, x_s, y_s)
+        assert torch.equal(twin.nets[slot].weight, pool.nets[slot].weight)
+
+
+def test_a_network_of_age_is_replaced_and_starts_again():
+    pool, x_s, y_s = small_pool()
+    history = []
+    for _ in range(14):
+        pool.grow(0, x_s, y_s)
+        history.append(pool.ages[0])
+    assert history == [1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 5, 0, 1, 2]
+    assert pool.births[0] == 3 and pool.births[1] == 1
+
+
+def test_replacement_gives_fresh_weights_and_momentum():
+    pool, x_s, y_s = small_pool()
+    first = pool.nets[0].weight.clone()
+    for _ in range(6):
+        pool.grow(0, x_s, y_s)
+    assert not torch.equal(pool.nets[0].weight, first)  # another draw, untrained
+    assert not pool.optimizers[0].state
+    with common.run.seeded("pool network", pool.args.seed, 0, 1):
+        assert torch.equal(pool.nets[0].weight, nn.Linear(3, 2).weight)
+
+
+def test_the_released_pool_dies_out():
+    """Departure 1: once of age, a slot is replaced at every draw and never trained again."""
+    pool, x_s, y_s = small_pool(pool_reset="released")
+    for _ in range(12):
+        pool.grow(0, x_s, y_s)
+    assert pool.ages[0] == 5 and pool.births[0] == 8  # 5 training steps, then 7 replacements in 7 draws
+    assert not pool.optimizers[0].state  # what is drawn from now on was never trained
+
+
+def test_the_inner_step_is_sgd_on_the_mean_squared_error():
+    pool, x_s, y_s = small_pool(lr_net=0.5, momentum_net=0.9, wd_net=0.25)
+    weight, bias = (p.detach().clone() for p in pool.nets[0].parameters())
+    buffers = None
+    for _ in range(3):
+        residual = x_s @ weight.T + bias - y_s
+        grads = [2 * residual.T @ x_s / residual.numel(), 2 * residual.sum(0) / residual.numel()]
+        grads = [g + 0.25 * p for g, p in zip(grads, (weight, bias), strict=True)]
+        buffers = grads if buffers is None else [0.9 * b + g for b, g in zip(buffers, grads, strict=True)]
+        weight, bias = weight - 0.5 * buffers[0], bias - 0.5 * buffers[1]
+        pool.train(0, x_s, y_s)
+    torch.testing.assert_close(pool.nets[0].weight.detach(), weight)
+    torch.testing.assert_close(pool.nets[0].bias.detach(), bias)
+
+
+# ------------------------------------------------------------------------------------------------------- a whole run
+
+
+def test_a_run_writes_what_it_says(teachers):
+    out_dir, result = teachers
+    folder = only_run(out_dir)
+    assert folder.name.startswith("digits__krr_st__0__")
+    names = {p.name for p in folder.iterdir()}
+    assert {"args.json", "script.py", "checkpoint.pt", "distilled.safetensors", "result.json", "curve.json"} <= names
+    assert {"grid_000000.png", "grid_000001.png", "grid_000010.png", "grid_000012.png"} <= names
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    args = json.loads((folder / "args.json").read_text())
+    assert args["lr_img"] == krr_st.DIGITS["lr_img"] and args["steps"] == 12  # None resolved, flags kept
+    assert (folder / "script.py").read_text() == Path(krr_st.__file__).read_text()
+    on_disk = json.loads((folder / "result.json").read_text())
+    assert on_disk == json.loads(json.dumps(result))
+    assert set(on_disk["eval"]) == {"teacher", "none", "random_real", "distilled"}
+    for row in ("none", "random_real", "distilled"):
+        assert set(on_disk["eval"][row]) == {"match", "probe", "few_5", "few_1", "finetune"}
+        assert all(len(metric["values"]) == 2 for metric in on_disk["eval"][row].values())
+    distilled = load_distilled(folder / "distilled.safetensors", "krr_st")
+    state = common.run.load_checkpoint(folder / "checkpoint.pt")
+    torch.testing.assert_close(distilled.inputs(), state["x_s"], rtol=0, atol=2e-6)
+    assert torch.equal(distilled.y, state["y_s"]) and distilled.step == 12 and state["step"] == 12
+    assert on_disk["storage_bytes"] == 4 * (5 * 64 + 5 * 16 + 2)
+
+
+def test_the_loop_is_the_method(out_dir):
+    """Two outer steps restated plainly: naive loss, AdamW by hand, pool by the book. Same images and targets."""
+    args = tiny(out_dir, steps=2, save_every=1, eval_runs=1)
+    main(args)
+    folder = only_run(out_dir)
+    state = common.run.load_checkpoint(folder / "checkpoint.pt")
+    args = common.run.load_args(Args, folder)
+    data = load("digits", data_dir=args.data_dir)
+    (teacher,) = (out_dir / "teachers").iterdir()
+    targets = load_file(next(teacher.glob("targets-train-*")))["targets"]
+    first = torch.randperm(len(data.x_train), generator=common.run.rng("initial images", 0))[:5]
+    pixels = (data.x_train.double() / 255 - data.mean.double()) / data.std.double()
+    x_s, y_s = pixels[first].float().requires_grad_(), targets[first].clone().requires_grad_()
+    pool = Pool(lambda: krr_st.ConvNet(1, 8, targets.shape[1], args.widths), torch.device("cpu"), args)
+    pool.warm_up(x_s.detach(), y_s.detach())
+    moments = {}
+    for step in range(2):
+        slot = int(torch.randint(args.pool, (), generator=common.run.rng("slot", 0, step)))
+        net = pool.nets[slot].eval()
+        index = batch_index(step, len(data.x_train), 64, 0)
+        one = torch.ones(64, 1, dtype=torch.float64)
+        f_t = torch.cat([net.features(pixels[index].float()).detach().double(), one], 1)
+        features = lambda x, net=net: net.features(x.float()).double()  # noqa: E731
+        y_t = targets[index].double()
+        loss = naive_loss(features, x_s.double(), y_s.double(), f_t, y_t, 1e-6, "trace", False)
+        for name, tensor, grad in zip("xy", (x_s, y_s), torch.autograd.grad(loss, [x_s, y_s]), strict=True):
+            m, v = moments.get(name, (0.0, 0.0))
+            m, v = 0.9 * m + 0.1 * grad, 0.999 * v + 0.001 * grad**2
+            moments[name] = m, v
+            lr = 1e-2 * (1 - 0.999 * step / 2)
+            lr *= {"x": args.lr_img, "y": args.lr_label}[name] / 1e-2
+            update = (m / (1 - 0.9 ** (step + 1))) / ((v / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
+            with torch.no_grad():
+                tensor -= lr * update
+        pool.grow(slot, x_s.detach(), y_s.detach())
+    torch.testing.assert_close(state["x_s"], x_s.detach(), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(state["y_s"], y_s.detach(), rtol=1e-3, atol=1e-4)
+    assert state["pool"]["ages"] == pool.ages
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(init_space="raw"), dict(outer_aug="crop_flip"), dict(ridge_scale="trace_mean"), dict(ridge_grad=True),
+        dict(ridge=1e-2), dict(pool_reset="released"), dict(pool_opt="adamw"), dict(outer_opt="sgd"),
+        dict(grad_clip=1e-4), dict(lr_end=1.0), dict(norm="instance"), dict(norm="none"), dict(lr_net=0.01),
+        dict(momentum_net=0.0), dict(wd_net=0.5), dict(max_age=2), dict(pool=2), dict(lr_img=1e-3), dict(lr_label=1e-3),
+        dict(batch_real=32), dict(seed=1), dict(ridge_precision="fp32"), dict(precision="bf16"),
+    ],
+    ids=lambda change: "-".join(f"{key}={value}" for key, value in change.items()),
+)  # fmt: skip
+def test_every_flag_of_the_method_does_something(out_dir, teachers, change):
+    short = dict(eval_runs=1, eval_epochs=1, eval_finetune_steps=0, eval_probe_steps=1)
+    result = main(tiny(out_dir, **short | change))
+    assert np.isfinite(result["eval"]["distilled"]["match"]["mean"])
+    before, after = (load_distilled(only_run(d) / "distilled.safetensors") for d in (teachers[0], out_dir))
+    assert after.x.isfinite().all() and after.y.isfinite().all()
+    assert not torch.equal(after.x, before.x) and not torch.equal(after.y, before.y)
+
+
+def test_raw_start_is_the_released_one(out_dir):
+    """Departure 2: pixels in [0, 1] where the networks expect normalised ones; the artefact maps them back."""
+    main(tiny(out_dir, init_space="raw", lr_img=0.0, steps=1, eval_runs=1))
+    distilled = load_distilled(only_run(out_dir) / "distilled.safetensors")
+    data = load("digits", data_dir="data")
+    first = torch.randperm(len(data.x_train), generator=common.run.rng("initial images", 0))[:5]
+    torch.testing.assert_close(distilled.inputs(), data.x_train[first] / 255, rtol=0, atol=1e-6)
+
+
+def test_the_outer_targets_see_the_augmented_images(out_dir, monkeypatch):
+    seen = []
+    original = krr_st.crop_flip
+    monkeypatch.setattr(krr_st, "crop_flip", lambda x, g, flip: seen.append((len(x), flip)) or original(x, g, flip))
+    main(tiny(out_dir, outer_aug="crop_flip", steps=3, eval_runs=1))
+    assert seen == [(64, False)] * 3  # digits are never mirrored
+
+
+def test_full_row_and_curve(out_dir):
+    result = main(tiny(out_dir, full_row=True, eval_every=5))
+    assert set(result["eval"]["all_real"]) == {"match", "probe", "few_5", "few_1", "finetune"}
+    curve = json.loads((only_run(out_dir) / "curve.json").read_text())
+    assert [point["step"] for point in curve] == [5, 10, 12]
+    assert curve[-1]["match"] == result["eval"]["distilled"]["match"]
+    assert curve[0]["match"]["mean"] != curve[1]["match"]["mean"]
+
+
+def test_evaluation_flags_do_not_change_the_distilled_set(out_dir, teachers):
+    main(tiny(out_dir, eval_every=3, eval_runs=1, eval_epochs=1, log_every=7, save_every=5))
+    a, b = (load_distilled(only_run(d) / "distilled.safetensors") for d in (teachers[0], out_dir))
+    assert torch.equal(a.x, b.x) and torch.equal(a.y, b.y)
+
+
+def make_images(folder: Path, n: int, seed: int = 0) -> None:
+    folder.mkdir(parents=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (n, 16, 16, 3), dtype=np.uint8)
+    for i, image in enumerate(pixels):
+        Image.fromarray(image).save(folder / f"{i}.png")
+
+
+def test_an_unlabelled_folder_reports_the_teacher_match_alone(tmp_path):
+    make_images(tmp_path / "photos", 30)
+    small = dict(
+        widths=(4, 4, 4), teacher_arch="resnet10", teacher_batch=8, teacher_eta=0.02, lr_img=1e-3, lr_label=1e-3
+    )
+    result = main(tiny(tmp_path / "runs", data=str(tmp_path / "photos"), data_dir=str(tmp_path / "data"), **small))
+    assert set(result["eval"]) == {"none", "random_real", "distilled"}
+    assert set(result["eval"]["distilled"]) == {"match"}
+
+
+def test_a_renamed_copy_runs_and_names_its_own_runs(tmp_path, out_dir):
+    shutil.copy(krr_st.__file__, tmp_path / "my_idea.py")
+    flags = [f"--{k.replace('_', '-')}" for k in TINY]
+    values = [" ".join(map(str, v)) if isinstance(v, tuple) else str(v) for v in TINY.values()]
+    command = [sys.executable, str(tmp_path / "my_idea.py"), "--out-dir", str(out_dir)]
+    command += [word for pair in zip(flags, values, strict=True) for word in " ".join(pair).split()]
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(REPO)}
+    )
+    assert done.returncode == 0, done.stderr
+    folder = only_run(out_dir)
+    assert folder.name.startswith("digits__my_idea__0__")
+    assert load_distilled(folder / "distilled.safetensors").step == 12
+    assert "distilled" in done.stdout and "random real" in done.stdout
+
+
+def test_importing_does_nothing(tmp_path):
+    code = "import krr_st, os; print(os.listdir('.'))"
+    env = os.environ | {"PYTHONPATH": str(REPO)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=env)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+# -------------------------------------------------------------------------------------------------------------- resume
+
+
+def same_end(folder_a: Path, folder_b: Path) -> None:
+    """Bit-identical tensors and results; times, commits and paths may differ."""
+    for name in ("distilled.safetensors",):
+        a, b = load_file(folder_a / name), load_file(folder_b / name)
+        assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+    a, b = (common.run.load_checkpoint(folder / "checkpoint.pt") for folder in (folder_a, folder_b))
+    for name in ("optimizer", "pool", "decay", "curve", "step"):
+        assert equal(a[name], b[name]), name
+    a, b = (json.loads((folder / "result.json").read_text()) for folder in (folder_a, folder_b))
+    assert a["eval"] == b["eval"] and a["loss_of_mean"] == b["loss_of_mean"]
+    a, b = (json.loads((folder / "curve.json").read_text()) for folder in (folder_a, folder_b))
+    assert a == b
+
+
+def equal(a, b) -> bool:
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+@pytest.mark.parametrize("at", [0, 3, 5, 11])
+def test_a_resumed_run_ends_as_if_it_had_not_stopped(out_dir, teachers, at, monkeypatch):
+    def stop(step, *rest):
+        if step == at:
+            raise KeyboardInterrupt
+        return batch_index(step, *rest)
+
+    monkeypatch.setattr(krr_st, "batch_index", stop)
+    with pytest.raises(KeyboardInterrupt):
+        main(tiny(out_dir))
+    monkeypatch.undo()
+    folder = only_run(out_dir)
+    assert not (folder / "result.json").exists()
+    main(common.run.load_args(Args, folder))
+    same_end(folder, only_run(teachers[0]))
+
+
+KILLER = """
+import io, os, signal, sys
+import torch
+import common.evaluate, common.pretrain, common.run, krr_st
+
+name, nth = os.environ["KILL"].split(":")  # the nth call of this function, in this process, never returns
+calls = {}
+
+def kill_if_due(what):
+    calls[what] = calls.get(what, 0) + 1
+    if what == name and calls[what] == int(nth):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+def watch(module, what):
+    original = getattr(module, what)
+    def wrapped(*args, **kwargs):
+        kill_if_due(what)
+        return original(*args, **kwargs)
+    setattr(module, what, wrapped)
+
+watch(common.pretrain, "two_views")  # teacher steps
+watch(krr_st, "batch_index")         # outer steps
+watch(os, "replace")                 # written, not yet renamed
+watch(common.evaluate, "score_pairs")
+
+def save(state, path):               # torch.save, killed half-way through the file
+    buffer = io.BytesIO()
+    original_save(state, buffer)
+    data = buffer.getvalue()
+    with open(path, "wb") as file:
+        file.write(data[: len(data) // 2])
+        file.flush()
+        kill_if_due("save")
+        file.write(data[len(data) // 2 :])
+
+original_save, torch.save = torch.save, save
+common.run.cli(krr_st.main, krr_st.Args)
+"""
+
+
+def run_until(kill: str, words: list[str]) -> int:
+    env = os.environ | {"PYTHONPATH": str(REPO), "KILL": kill}
+    done = subprocess.run([sys.executable, "-c", KILLER, *words], capture_output=True, text=True, env=env)
+    assert done.returncode in (0, -signal.SIGKILL), done.stderr
+    return done.returncode
+
+
+@pytest.mark.slow
+def test_five_kills_and_resumes_end_bit_identical(tmp_path):
+    """SIGKILL in the teacher, inside two checkpoint writes, between steps and in the evaluation; resumed each time."""
+    draw = random.Random(0).randint
+    flags = dict(TINY, steps=40, eval_every=15, teacher_epochs=4, teacher_batch=256)
+    words = [
+        w
+        for k, v in flags.items()
+        for w in f"--{k.replace('_', '-')} {v}".replace("(", "").replace(")", "").replace(",", "").split()
+    ]
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    assert run_until("nothing:0", [*words, "--out-dir", str(straight)]) == 0
+    kills = [
+        f"two_views:{draw(6, 18)}",  # after the first epoch of five steps: the teacher has a checkpoint
+        f"save:{draw(1, 2)}",  # half of a teacher's checkpoint on disk
+        f"batch_index:{draw(6, 14)}",
+        f"save:{draw(2, 3)}",  # half of the run's checkpoint on disk
+        f"replace:{draw(2, 5)}",  # a complete temporary file, not renamed
+        f"score_pairs:{draw(2, 5)}",
+    ]
+    assert run_until(kills[0], [*words, "--out-dir", str(killed)]) == -signal.SIGKILL
+    folder = only_run(killed)
+    for kill in kills[1:]:
+        assert run_until(kill, ["--resume", str(folder)]) == -signal.SIGKILL, kill
+    assert run_until("nothing:0", ["--resume", str(folder)]) == 0
+    same_end(folder, only_run(straight))
+    (a,), (b,) = (list((d / "teachers").iterdir()) for d in (straight, killed))
+    assert a.name == b.name
+    assert equal(load_file(a / "teacher.safetensors"), load_file(b / "teacher.safetensors"))
+
+
+# ----------------------------------------------------------------------------------------------------------- bad input
+
+
+def refused(monkeypatch, capsys, *words) -> str:
+    """The one line on the error stream of a command that must exit with 2."""
+    monkeypatch.setattr(sys, "argv", ["krr_st.py", *map(str, words)])
+    with pytest.raises(SystemExit) as stop:
+        common.run.cli(main, Args)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2, err
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "Traceback" not in err
+    return lines[0]
+
+
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys):
+    def check(*words: str | Path) -> str:
+        return refused(monkeypatch, capsys, "--out-dir", tmp_path / "runs", "--data-dir", tmp_path / "data", *words)
+
+    assert "did you mean digits" in check("--data", "digit")
+    assert "--num-images 0" in check("--num-images", 0)
+    assert "--num-images 1438: must be 1 to 1437" in check("--num-images", 1438)
+    assert "--widths" in check("--widths", 8)
+    assert "--preset nope" in check("--preset", "nope")
+    assert "--device cuda:99" in check("--device", "cuda:99")
+    assert "published teacher" in check("--preset", "imagenette", "--num-images", 5, "--widths", 8, 8)
+    (tmp_path / "empty").mkdir()
+    assert "empty" in check("--data", tmp_path / "empty")
+    (tmp_path / "file").write_text("")
+    assert "--out-dir" in check("--out-dir", tmp_path / "file")
+    assert "no readable args.json" in check("--resume", tmp_path / "nowhere")
+    assert not (tmp_path / "runs").exists()  # nothing was begun
+    assert "no such file" in check("--teacher", tmp_path / "none.pt")
+    torch.save({"x": torch.zeros(1000)}, tmp_path / "broken.pt")
+    (tmp_path / "broken.pt").write_bytes((tmp_path / "broken.pt").read_bytes()[:2000])
+    assert "not a readable checkpoint" in check("--teacher", tmp_path / "broken.pt")
+
+
+def test_named_sets_without_a_network_name_the_folder_alternative(tmp_path, monkeypatch, capsys):
+    import urllib.request
+    from urllib.error import URLError
+
+    def no_network(*args, **kwargs):
+        raise URLError("no network in this test")
+
+    monkeypatch.setattr(urllib.request, "urlopen", no_network)
+    line = refused(monkeypatch, capsys, "--data", "cifar100", "--data-dir", tmp_path)
+    assert "cifar100" in line and "train/<class>" in line
+
+
+def test_resume_refuses_changed_flags_and_broken_checkpoints(out_dir, monkeypatch, capsys):
+    main(tiny(out_dir))
+    folder = only_run(out_dir)
+    before = (folder / "checkpoint.pt").read_bytes()
+    assert "--lr-img was 0.01, now 0.5" in refused(monkeypatch, capsys, "--resume", folder, "--lr-img", 0.5)
+    assert (folder / "checkpoint.pt").read_bytes() == before
+    (folder / "checkpoint.pt").write_bytes(before[: len(before) // 2])
+    assert "not a readable checkpoint" in refused(monkeypatch, capsys, "--resume", folder)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(out_dir, monkeypatch, capsys):
+    words = [w for k, v in TINY.items() if k != "widths" for w in (f"--{k.replace('_', '-')}", v)]
+    line = refused(
+        monkeypatch, capsys, *words, "--widths", 4, 4, "--out-dir", out_dir, "--lr-label", 1e20, "--steps", 40
+    )
+    assert "step 2: " in line and "m = 5" in line and "d = 17" in line and "lam = inf" in line and "ridge" in line
+
+
+def test_args_document_themselves():
+    """Every flag has help, and every preset value is a flag that may be left open."""
+    source = Path(krr_st.__file__).read_text()
+    fields = {f.name: f for f in dataclasses.fields(Args)}
+    for name in fields:
+        after = source.split(f"\n    {name}: ", 1)[1].split("\n", 1)[1]
+        assert after.lstrip().startswith('"""'), name
+    for preset in krr_st.PRESETS.values():
+        assert all(fields[name].default is None for name in preset)
+    open_flags = {n for n, f in fields.items() if f.default is None} - {"size", "preset", "resume"}
+    assert all(set(preset) == open_flags for preset in krr_st.PRESETS.values())
