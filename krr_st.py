@@ -315,7 +315,8 @@ def main(args: Args) -> dict:
     print(f"data: {describe(data)}; preset {preset}")
     run = Run(__file__, args, data.name, data.content)
     args = run.args
-    print(kernels.describe(args.ridge_precision, device))
+    backend = kernels.describe(args.ridge_precision, device)
+    print(backend)
     mean, std = data.mean.to(device), data.std.to(device)
 
     # teacher
@@ -466,6 +467,10 @@ def main(args: Args) -> dict:
     )
     print(table(scores, caption))
     write_json(run.file("curve.json"), curve)
+    random_real = scores["random_real"]["match"]["mean"]
+    points = {"distilled: match error": [(point["step"], point["match"]["mean"]) for point in curve]}
+    points["random real: match error"] = [(0, random_real), (args.steps, random_real)]
+    run.plot(points, f"{data.name}, {args.num_images} pairs: error relative to predicting the mean")
     return run.finish(
         data=data.name,
         num_images=args.num_images,
@@ -475,6 +480,7 @@ def main(args: Args) -> dict:
         eval=scores,
         distilled_minus_random_real=differences,
         protocol=vars(recipe),
+        backend=backend,
         storage_bytes=load_distilled(run.file("distilled.safetensors")).meta["storage_bytes"],
     )
 

@@ -192,7 +192,7 @@ def train_teacher(
     with seeded("teacher", seed):
         net = ResNet(arch, data.channels, width, stem, stem_padding)
         head = projector(net.dim, projector_width)
-    net, head = net.to(device), head.to(device)
+    net, head = net.to(device, memory_format=torch.channels_last), head.to(device)  # faster on CPU and GPU alike
     params = [*net.parameters(), *head.parameters()]
     optimizer = torch.optim.SGD(params, lr=lr, momentum=0.9)
     per_epoch = len(data.x_train) // batch

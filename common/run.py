@@ -222,8 +222,9 @@ class Run:
         self.start = self.state["step"] if self.state else 0
         self.seconds_before = self.state["seconds"] if self.state else 0.0
         self.began = time.monotonic()
+        self.history = self.state["history"] if self.state else []  # [step, the scalar shown in the bar]
         self.board = SummaryWriter(str(self.folder), purge_step=self.start if args.resume else None)
-        self.bar = None
+        self.bar, self.seconds_per_100_steps = None, None
         print(f"run: {self.folder} on {device_words(self.device)}, torch {torch.__version__}", flush=True)
         if args.resume:
             print(f"run: resumed at step {self.start}", flush=True)
@@ -239,11 +240,14 @@ class Run:
         """The steps still to do, start .. total - 1, behind a progress bar with the time left."""
         every = 0.2 if sys.stderr.isatty() else 30.0
         with tqdm(total=total, initial=self.start, desc=self.name, mininterval=every, dynamic_ncols=True) as self.bar:
-            self.ticked, self.tick_step = time.monotonic(), self.start
+            began = self.ticked = time.monotonic()
+            self.tick_step = self.start
             try:
                 for step in range(self.start, total):
                     yield step
                     self.bar.update()
+                if self.start < total:
+                    self.seconds_per_100_steps = 100 * (time.monotonic() - began) / (total - self.start)
             except KeyboardInterrupt:
                 print(f"\nstopped; go on with: python {self.name}.py --resume {self.folder}", file=sys.stderr)
                 raise
@@ -269,6 +273,8 @@ class Run:
             self.board.add_scalar(key, value, step)
         if self.bar is not None:
             self.bar.set_postfix_str(f"{show} {scalars[show]:.4f}")
+        if show == "loss":
+            self.history.append([step, scalars[show]])
 
     def grid(self, step: int, total: int, x: Tensor, per_row: int = 10) -> None:
         """At step 0, at powers of ten and at the end: the first 100 images as grid_{step}.png. x in pixel units."""
@@ -281,7 +287,21 @@ class Run:
             if isinstance(value, Tensor) and not value.isfinite().all():
                 raise UserError(f"step {step}: {key} is not finite; the last good checkpoint stays in {self.folder}")
         state |= dict(format=f"{self.name} 1", step=step, seconds=self.seconds(), content=self.content)
+        state |= dict(history=self.history)
         write_atomic(self.file("checkpoint.pt"), lambda tmp: torch.save(state, tmp))
+
+    def plot(self, points: dict[str, list[tuple[int, float]]], title: str) -> None:
+        """Write curve.png: the logged loss, and named points (step, value) over it."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        axes = figure.subplots()
+        axes.plot(*zip(*self.history, strict=True), lw=0.7, color="0.6", label="loss")
+        for name, values in points.items():
+            axes.plot(*zip(*values, strict=True), "o-", label=name)
+        axes.set(xlabel="outer step", yscale="log", title=title)
+        axes.legend()
+        write_atomic(self.file("curve.png"), lambda tmp: figure.savefig(tmp, format="png", dpi=120))
 
     def finish(self, **result) -> dict:
         """Write result.json with what made it (flags, commit, versions, device, time, memory) and return it."""
@@ -289,6 +309,7 @@ class Run:
             method=self.name,
             seed=self.args.seed,
             seconds=round(self.seconds(), 1),
+            seconds_per_100_steps=self.seconds_per_100_steps,
             peak_memory_bytes=peak_memory(),
             device=device_words(self.device),
             commit=commit(),

@@ -30,7 +30,7 @@ def images(n=6, channels=3, size=8, seed=9, **kind):
 
 def naive_crop_flip(x, generator, flip, pad):
     """Pixel by pixel."""
-    n, channels, height, width = x.shape
+    n, _, height, width = x.shape
     shifts = torch.randint(0, 2 * pad + 1, (2, n, 1), generator=generator)[..., 0].tolist()
     mirrored = (torch.rand(n, 1, generator=generator) < 0.5)[:, 0].tolist() if flip else [False] * n
     out = torch.zeros_like(x)

@@ -1,0 +1,391 @@
+"""common/evaluate.py: every score against a naive restatement; the rows of a table differ in their pairs only."""
+
+import dataclasses
+import statistics
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import Ridge
+
+import common.evaluate
+from common.artefact import Distilled
+from common.data import load, normalise
+from common.evaluate import (
+    DRAWS,
+    Protocol,
+    accuracy,
+    evaluate_pairs,
+    few_label_draws,
+    few_label_probe,
+    finetune,
+    linear_probe,
+    matching_error,
+    paired,
+    summarise,
+    table,
+)
+from common.models import ConvNet, ResNet
+from common.pretrain import Teacher
+from common.run import rng, seeded
+
+F64 = torch.float64
+CPU = torch.device("cpu")
+
+
+def draw(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load("digits")
+
+
+@pytest.fixture(scope="module")
+def few(digits):
+    """300 training and 100 test images."""
+    parts = dict(x_train=digits.x_train[:300], y_train=digits.y_train[:300])
+    return dataclasses.replace(digits, **parts, x_test=digits.x_test[:100], y_test=digits.y_test[:100])
+
+
+# --------------------------------------------------------------------------------------------------------------- scores
+
+
+def test_matching_error_is_relative_to_the_mean():
+    target, prediction = draw(40, 6), draw(40, 6, seed=1)
+    mean = [sum(row[j] for row in target.tolist()) / 40 for j in range(6)]
+    above = sum((p - t) ** 2 for p, t in zip(prediction.flatten().tolist(), target.flatten().tolist(), strict=True))
+    below = sum((row[j] - mean[j]) ** 2 for row in target.tolist() for j in range(6))
+    assert matching_error(prediction, target) == pytest.approx(above / below, rel=1e-12)
+    assert matching_error(target.mean(0).expand(40, 6), target) == pytest.approx(1, rel=1e-6)
+    assert matching_error(target, target) == 0
+    far = target.double() + 1e4  # an offset does not change it, nor lose digits
+    assert matching_error(prediction.double() + 1e4, far) == pytest.approx(above / below, rel=1e-9)
+
+
+def test_accuracy_is_the_share_of_right_classes():
+    assert accuracy(torch.tensor([[1.0, 2.0], [3.0, 0.0], [0.0, 1.0], [5.0, 6.0]]), torch.tensor([1, 0, 0, 1])) == 0.75
+
+
+def test_few_label_draws_are_balanced_distinct_and_repeatable():
+    y = torch.tensor([0] * 9 + [1] * 30 + [2] * 12)[torch.randperm(51, generator=torch.Generator().manual_seed(0))]
+    draws = few_label_draws(y, 5, 7, 1)
+    assert len(draws) == DRAWS
+    for one in draws:
+        assert len(set(one.tolist())) == 15 and y[one].bincount().tolist() == [5, 5, 5]
+    assert len({tuple(sorted(one.tolist())) for one in draws}) == DRAWS
+    assert len(set(draws.flatten().tolist())) > 45  # nearly every image has its turn
+    assert torch.equal(draws, few_label_draws(y, 5, 7, 1))
+    assert not torch.equal(draws, few_label_draws(y, 5, 7, 2))
+    rare = few_label_draws(torch.cat([y, torch.tensor([3, 3])]), 5, 7, 1)  # a class of two
+    assert rare.shape == (DRAWS, 8) and set(rare[:, 6:].flatten().tolist()) == {51, 52}
+
+
+@pytest.mark.parametrize(("n", "dim"), [(12, 40), (60, 8)])  # the dual and the primal system
+def test_few_label_probe_is_ridge_regression_to_the_classes(monkeypatch, n, dim):
+    """scikit-learn's Ridge with an intercept, draw by draw, its alpha from the trace of the centred Gram matrix."""
+    classes, ridge = 3, 0.05
+    f_l, f_test = draw(4, n, dim, dtype=F64) + 2, draw(30, dim, seed=1, dtype=F64) + 2
+    y_l, y_test = torch.arange(n).remainder(classes).expand(4, n), torch.arange(30) % classes
+    f_l[..., 0] += y_l
+    f_test[:, 0] += y_test
+    seen = []
+    monkeypatch.setattr(common.evaluate, "accuracy", lambda scores, y: seen.append(scores) or accuracy(scores, y))
+    found = few_label_probe(f_l, y_l, f_test, y_test, classes, ridge)
+    for f, y, scores, value in zip(f_l.numpy(), y_l.numpy(), seen, found, strict=True):
+        centred = f - f.mean(0)
+        model = Ridge(alpha=ridge * np.trace(centred @ centred.T) / n).fit(f, np.eye(classes)[y])
+        expected = model.predict(f_test.numpy())
+        np.testing.assert_allclose(scores.numpy(), expected, rtol=1e-8, atol=1e-9)
+        assert value == pytest.approx((expected.argmax(1) == y_test.numpy()).mean())
+
+
+def clusters(n, seed):
+    """Features of four classes that a line separates."""
+    y = torch.arange(n) % 4
+    return 4 * draw(4, 6, seed=9)[y] + 0.3 * draw(n, 6, seed=seed), y
+
+
+def probe(*key, steps=60, lr=0.2, features=None):
+    (f, y), (f_test, y_test) = clusters(200, 1), clusters(80, 2)
+    return linear_probe(features or f.__getitem__, y, f_test, y_test, 4, *key, steps=steps, lr=lr)
+
+
+def test_linear_probe_learns_what_a_line_separates():
+    assert probe("a") > 0.98
+    assert probe("a", steps=0) < 0.7  # not by its first weights
+
+
+def test_linear_probe_is_sgd_with_a_cosine(monkeypatch):
+    """By hand in float64: batches of 512, momentum 0.9, no decay, gradients of the cross-entropy."""
+    (f, y), steps, lr, seen = clusters(200, 1), 5, 0.2, []
+    monkeypatch.setattr(common.evaluate, "accuracy", lambda scores, y: seen.append(scores) or 0.0)
+    probe("b", steps=steps, lr=lr)
+    with seeded("probe", "b"):
+        head = torch.nn.Linear(6, 4)
+    weight, bias = head.weight.detach().double(), head.bias.detach().double()
+    velocity, generator = (0.0, 0.0), rng("probe batches", "b")
+    for step in range(steps):
+        index = torch.randint(200, (512,), generator=generator)
+        x = f[index].double()
+        error = (x @ weight.T + bias).softmax(1)
+        error[torch.arange(512), y[index]] -= 1
+        velocity = 0.9 * velocity[0] + error.T @ x / 512, 0.9 * velocity[1] + error.mean(0)
+        rate = lr * (1 + np.cos(np.pi * step / steps)) / 2
+        weight, bias = weight - rate * velocity[0], bias - rate * velocity[1]
+    expected = clusters(80, 2)[0].double() @ weight.T + bias
+    torch.testing.assert_close(seen[0].double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_linear_probe_repeats_by_key():
+    asked = []
+
+    def features(index):
+        asked.append(index)
+        return clusters(200, 1)[0][index]
+
+    values = [probe(key, steps=3, features=features) for key in ("a", "a", "b")]
+    assert values[0] == values[1]
+    assert torch.equal(torch.cat(asked[:3]), torch.cat(asked[3:6]))
+    assert not torch.equal(torch.cat(asked[:3]), torch.cat(asked[6:]))
+
+
+def test_finetune_learns_digits_and_never_mirrors_them(digits, monkeypatch):
+    flips, whole = [], common.evaluate.crop_flip
+
+    def record(x, generator, flip):
+        flips.append(flip)
+        return whole(x, generator, flip)
+
+    monkeypatch.setattr(common.evaluate, "crop_flip", record)
+
+    def tuned(*key, steps):
+        torch.manual_seed(0)
+        net = ConvNet(1, 8, 5, (16, 32))
+        value = finetune(net, digits, *key, device=CPU, steps=steps, lr=0.05)
+        return value, net
+
+    value, net = tuned(1, steps=40)
+    assert value > 0.8 and net.head.out_features == 10 and not net.training
+    assert flips == [False] * 40
+    first, again, other = (tuned(key, steps=3)[1].state_dict() for key in (1, 1, 2))
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    assert not torch.equal(first["head.weight"], other["head.weight"])
+    assert not torch.equal(first["blocks.0.weight"], net.state_dict()["blocks.0.weight"])
+    flips.clear()
+    net = ConvNet(1, 8, 5, (4, 8))
+    finetune(net, dataclasses.replace(digits, flip=True), 1, device=CPU, steps=2, lr=0.05)
+    assert flips == [True, True]
+
+
+# ---------------------------------------------------------------------------------------------------------- whole rows
+
+TINY = Protocol(runs=2, epochs=4, batch=16, lr=0.05, probe_steps=8, finetune_steps=2)
+N_S = 20
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    """A random network, with constants that are not the data's."""
+    with seeded("teacher"):
+        net = ResNet("resnet10", 1, width=2).eval().requires_grad_(False)
+    return Teacher(net, net.dim, torch.tensor([0.1]), torch.tensor([0.7]), "random", {}, None)
+
+
+@pytest.fixture(scope="module")
+def targets(few, teacher):
+    return teacher.targets(few.x_train, CPU), teacher.targets(few.x_test, CPU)
+
+
+def real_pairs(few, targets, run):
+    index = torch.randperm(len(few.x_train), generator=rng("random real", 3, run))[:N_S]
+    return normalise(few.x_train[index], few.mean, few.std), targets[0][index]
+
+
+def as_distilled(x, y):
+    """A set whose inputs() are x exactly."""
+    plain = dict(method="krr_st", data="digits", y_is="teacher features", class_names=[], resize="none")
+    return Distilled(x, y, torch.zeros(1), torch.ones(1), **plain, step=0, seed=0, recipe={})
+
+
+class Spy:
+    """Records what every network starts from and is trained on."""
+
+    def __init__(self, monkeypatch):
+        self.starts, self.fits, self.draws = [], [], []
+        self.fit, self.draw = common.evaluate.fit_pairs, common.evaluate.few_label_draws
+        monkeypatch.setattr(common.evaluate, "fit_pairs", self.on_fit)
+        monkeypatch.setattr(common.evaluate, "few_label_draws", self.on_draw)
+
+    def make_net(self):
+        net = ConvNet(1, 8, 16, (4, 8))
+        self.starts.append([p.detach().clone() for p in net.parameters()])
+        return net
+
+    def on_fit(self, net, x, y, *key, **sgd):
+        self.fits.append((x, y, key, sgd))
+        return self.fit(net, x, y, *key, **sgd)
+
+    def on_draw(self, *args):
+        self.draws.append(self.draw(*args))
+        return self.draws[-1]
+
+
+def equal(a, b):
+    return all(torch.equal(one, other) for one, other in zip(a, b, strict=True))
+
+
+ROWS = ("teacher", "none", "random_real", "distilled", "all_real")
+
+
+@pytest.fixture(scope="module")
+def scored(few, teacher, targets):
+    """One evaluation of all rows, and the spy that watched it. "distilled" is what random_real draws for network 1."""
+    with pytest.MonkeyPatch.context() as patch:
+        spy = Spy(patch)
+        distilled = as_distilled(*real_pairs(few, targets, 1))
+        scores = evaluate_pairs(distilled, few, teacher, *targets, spy.make_net, CPU, TINY, 3, ROWS)
+    return scores, spy
+
+
+def test_rows_share_networks_and_draws(scored):
+    scores, spy = scored
+    none, random_real, distilled, all_real = (spy.starts[i : i + 2] for i in (0, 2, 4, 6))
+    for row in (random_real, distilled, all_real):
+        assert equal(row[0], none[0]) and equal(row[1], none[1])
+    assert not equal(none[0], none[1])
+    draws = [spy.draws[i : i + 4] for i in range(0, 20, 4)]  # a row: two networks with 5 and 1 labels
+    assert all(equal(row, draws[0]) for row in draws)
+    assert not torch.equal(draws[0][0], draws[0][2]) and not torch.equal(draws[0][1], draws[0][3])
+    assert scores["none"]["match"]["values"][0] != scores["none"]["match"]["values"][1]
+
+
+def test_rows_are_trained_on_what_they_say(scored, few, targets):
+    _, spy = scored
+    assert len(spy.fits) == 6  # "none" and "teacher" are not trained
+    wanted = [real_pairs(few, targets, run) for run in (0, 1)] + [real_pairs(few, targets, 1)] * 2
+    wanted += [(normalise(few.x_train, few.mean, few.std), targets[0])] * 2
+    for i, ((x, y, key, sgd), (x_wanted, y_wanted)) in enumerate(zip(spy.fits, wanted, strict=True)):
+        assert torch.equal(x, x_wanted) and torch.equal(y, y_wanted), i
+        assert key == (3, i % 2)
+        assert sgd == dict(steps=4 * 2, batch=16, lr=0.05, weight_decay=1e-3)  # 20 pairs: two batches an epoch
+
+
+def test_equal_pairs_score_equal(scored):
+    scores, _ = scored
+    for metric in ("match", "probe", "few_5", "few_1", "finetune"):
+        real, distilled = scores["random_real"][metric]["values"], scores["distilled"][metric]["values"]
+        assert distilled[1] == real[1]
+    assert scores["distilled"]["match"]["values"][0] != scores["random_real"]["match"]["values"][0]
+
+
+def test_rows_hold_the_scores_that_apply(scored):
+    scores, _ = scored
+    assert tuple(scores) == ROWS
+    for row, metrics in scores.items():
+        assert set(metrics) == {"probe", "few_5", "few_1"} | (set() if row == "teacher" else {"match", "finetune"})
+        for values in metrics.values():
+            assert len(values["values"]) == 2
+        assert [len(draws) for draws in metrics["few_5"]["draws"]] == [DRAWS, DRAWS]
+    assert scores["random_real"]["match"]["mean"] < scores["none"]["match"]["mean"]  # training helps
+    assert scores["teacher"]["few_5"]["mean"] > 0.2  # ten classes
+
+
+def test_match_is_the_error_of_the_networks_own_head(few, teacher, targets):
+    with seeded("evaluation network", 3, 0):
+        net = ConvNet(1, 8, 16, (4, 8)).eval()
+    with torch.no_grad():
+        expected = matching_error(net(normalise(few.x_test, few.mean, few.std)), targets[1])
+    unlabelled = dataclasses.replace(few, y_train=None, y_test=None, class_names=[])
+    distilled, make_net = as_distilled(*real_pairs(few, targets, 0)), lambda: ConvNet(1, 8, 16, (4, 8))
+    rows = ("none", "distilled")
+    scores = evaluate_pairs(distilled, unlabelled, teacher, *targets, make_net, CPU, TINY, 3, rows)
+    assert {row: set(metrics) for row, metrics in scores.items()} == {"none": {"match"}, "distilled": {"match"}}
+    assert scores["none"]["match"]["values"][0] == pytest.approx(expected, rel=1e-5)
+
+
+def test_finetuning_may_be_left_out(few, teacher, targets):
+    distilled, protocol = (
+        as_distilled(*real_pairs(few, targets, 0)),
+        dataclasses.replace(TINY, runs=1, finetune_steps=0),
+    )
+    make_net = lambda: ConvNet(1, 8, 16, (4, 8))  # noqa: E731
+    scores = evaluate_pairs(distilled, few, teacher, *targets, make_net, CPU, protocol, 3, ("none",))
+    assert set(scores["none"]) == {"match", "probe", "few_5", "few_1"} and scores["none"]["match"]["std"] == 0
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_features_are_frozen_and_normalised_kept_or_not(few, teacher, targets, monkeypatch, cached):
+    """The probe's features, of a network and of the teacher, which has its own constants."""
+    seen, distilled = [], as_distilled(*real_pairs(few, targets, 0))
+    if not cached:
+        monkeypatch.setattr(common.evaluate, "CACHE_BYTES", 0)
+    monkeypatch.setattr(common.evaluate, "linear_probe", lambda *args, **sgd: seen.append((args, sgd)) or 0.5)
+    nets = []
+
+    def make_net():
+        nets.append(ConvNet(1, 8, 16, (4, 8)))
+        return nets[-1]
+
+    protocol = dataclasses.replace(TINY, runs=1, finetune_steps=0)
+    evaluate_pairs(distilled, few, teacher, *targets, make_net, CPU, protocol, 3, ("teacher", "distilled"))
+    index = torch.tensor([5, 0, 299, 5])
+    embed = lambda x: nets[0].eval().features(normalise(x, few.mean, few.std)).detach()  # noqa: E731
+    for ((features, y, f_test, y_test, classes, *key), sgd), expected in zip(
+        seen, (targets, (embed(few.x_train), embed(few.x_test))), strict=True
+    ):
+        torch.testing.assert_close(features(index), expected[0][index], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(f_test, expected[1], rtol=1e-5, atol=1e-5)
+        assert not features(index).requires_grad
+        assert torch.equal(y, few.y_train) and torch.equal(y_test, few.y_test) and classes == 10 and key == [3, 0]
+        assert sgd == dict(steps=8, lr=0.2)
+        assert torch.is_tensor(getattr(features, "__self__", None)) == cached
+
+
+def test_scores_do_not_depend_on_the_cache(scored, few, teacher, targets, monkeypatch):
+    monkeypatch.setattr(common.evaluate, "CACHE_BYTES", 0)
+    distilled, protocol = as_distilled(*real_pairs(few, targets, 1)), dataclasses.replace(TINY, finetune_steps=0)
+    make_net = lambda: ConvNet(1, 8, 16, (4, 8))  # noqa: E731
+    scores = evaluate_pairs(distilled, few, teacher, *targets, make_net, CPU, protocol, 3, ("distilled",))
+    for metric in ("match", "probe", "few_5", "few_1"):
+        assert scores["distilled"][metric] == scored[0]["distilled"][metric]
+
+
+# ------------------------------------------------------------------------------------------------------------ summaries
+
+RUNS = [dict(match=0.5, few_5=[0.1, 0.3]), dict(match=0.7, few_5=[0.5, 0.2]), dict(match=0.9, few_5=[0.6, 0.7])]
+OTHER = [dict(match=0.6, few_5=[0.0, 0.1]), dict(match=0.9, few_5=[0.4, 0.4]), dict(match=0.8, few_5=[0.2, 0.9])]
+
+
+def test_summarise_is_mean_and_sample_std():
+    summary = summarise(RUNS)
+    assert summary["match"]["mean"] == pytest.approx(0.7) and summary["match"]["std"] == pytest.approx(0.2)
+    assert summary["match"]["values"] == [0.5, 0.7, 0.9] and "draws" not in summary["match"]
+    means = [statistics.mean(run["few_5"]) for run in RUNS]
+    assert summary["few_5"]["values"] == pytest.approx(means)
+    assert summary["few_5"]["std"] == pytest.approx(statistics.stdev(means))
+    assert summary["few_5"]["mean"] == pytest.approx(statistics.mean(means))
+    assert summary["few_5"]["draws"] == [run["few_5"] for run in RUNS]
+    assert summarise(RUNS[:1])["match"] == dict(mean=0.5, std=0.0, values=[0.5])
+
+
+def test_paired_is_the_mean_difference_and_its_standard_error():
+    results = {"a": summarise(RUNS), "b": summarise(OTHER)}
+    for metric, n in (("match", 3), ("few_5", 6)):
+        a, b = (np.ravel([run[metric] for run in runs]) for runs in (RUNS, OTHER))
+        found = paired(results, "a", "b", metric)
+        assert found["mean"] == pytest.approx((a - b).mean())
+        assert found["se"] == pytest.approx((a - b).std(ddof=1) / np.sqrt(n))
+        assert found["pairs"] == n
+    one = {"a": summarise(RUNS[:1]), "b": summarise(OTHER[:1])}
+    assert paired(one, "a", "b", "match") == dict(mean=pytest.approx(-0.1), se=0.0, pairs=1)
+
+
+def test_table_has_every_row_and_score():
+    results = {"random_real": summarise(RUNS), "teacher": summarise([dict(few_5=[0.25])])}
+    lines = table(results, "what it is over").splitlines()
+    assert lines[0].split() == ["match", "error", "5", "a", "class"]
+    assert lines[1].split() == ["random", "real", "0.700", "±", "0.200", "40.0", "±", "22.9"]
+    assert lines[2].split() == ["teacher", "-", "25.0", "±", "0.0"]
+    assert lines[3] == "what it is over" and len(lines) == 4

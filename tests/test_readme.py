@@ -1,0 +1,90 @@
+"""Every number in the README's tables comes from a committed result.json: the tables are made again and compared.
+
+To refresh them after adding results: python tests/test_readme.py --write
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parent.parent
+WORDS = dict(none="no pretraining", random_real="random real", distilled="**distilled**", all_real="all real")
+
+
+def percent(metric: dict | None) -> str:
+    return "-" if metric is None else f"{100 * metric['mean']:.1f} ± {100 * metric['std']:.1f}"
+
+
+def signed(metric: dict) -> str:
+    return f"{100 * metric['mean']:+.1f} ± {100 * metric['se']:.1f}"
+
+
+def result(name: str) -> dict:
+    return json.loads((REPO / "tests/results/krr_st" / name).read_text())
+
+
+def digits_table() -> str:
+    """One row per size and seed: the two rows that matter side by side."""
+    lines = [
+        "| pairs | seed | match, random real | match, distilled | 5 a class, gain | 1 a class, gain | seconds |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for path in sorted((REPO / "tests/results/krr_st").glob("digits_*.json")):
+        r = json.loads(path.read_text())
+        cells = [
+            f"{r['eval'][row]['match']['mean']:.3f} ± {r['eval'][row]['match']['std']:.3f}"
+            for row in ("random_real", "distilled")
+        ]
+        gains = [signed(r["distilled_minus_random_real"][m]) for m in ("few_5", "few_1")]
+        lines.append(f"| {r['num_images']} | {r['seed']} | " + " | ".join(cells + gains) + f" | {r['seconds']:.0f} |")
+    return "\n".join(lines)
+
+
+def rows_table(name: str) -> str:
+    """All rows of one run."""
+    r = result(name)
+    lines = ["| | match error | probe | 5 a class | 1 a class | fine-tuned |", "|---|---|---|---|---|---|"]
+    for row, metrics in r["eval"].items():
+        match = f"{metrics['match']['mean']:.3f} ± {metrics['match']['std']:.3f}" if "match" in metrics else "-"
+        cells = [match, *(percent(metrics.get(m)) for m in ("probe", "few_5", "few_1", "finetune"))]
+        lines.append(f"| {WORDS.get(row, row)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+TABLES = {
+    "krr_st digits": digits_table,
+    "krr_st digits rows": lambda: rows_table("digits_n010_seed0.json"),
+    "krr_st cifar100": lambda: rows_table("cifar100_n100_reduced.json"),
+}
+
+
+def block(name: str) -> re.Pattern:
+    return re.compile(f"(<!-- {name} -->\n)(.*?)(\n<!-- end -->)", re.DOTALL)
+
+
+def test_the_tables_are_those_of_the_committed_results():
+    text = (REPO / "README.md").read_text()
+    for name, make in TABLES.items():
+        (found,) = block(name).findall(text)
+        assert found[1] == make(), f"{name}: run python tests/test_readme.py --write"
+
+
+def test_digits_beat_random_real_by_more_than_the_standard_deviations():
+    """The claim of the digits table: every size and seed; few-label probes not below (paired, two standard errors)."""
+    paths = sorted((REPO / "tests/results/krr_st").glob("digits_*.json"))
+    assert len(paths) == 6
+    for path in paths:
+        r = json.loads(path.read_text())
+        real, ours = (r["eval"][row]["match"] for row in ("random_real", "distilled"))
+        assert real["mean"] - ours["mean"] > real["std"] + ours["std"], path.name
+        for metric in ("few_5", "few_1"):
+            gain = r["distilled_minus_random_real"][metric]
+            assert gain["mean"] + 2 * gain["se"] >= 0, (path.name, metric)
+
+
+if __name__ == "__main__" and "--write" in sys.argv:
+    text = (REPO / "README.md").read_text()
+    for name, make in TABLES.items():
+        text = block(name).sub(lambda m, make=make: m[1] + make() + m[3], text)
+    (REPO / "README.md").write_text(text)
