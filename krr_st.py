@@ -1,12 +1,13 @@
 """KRR-ST: distil an unlabelled image set into pairs of image and self-supervised feature by kernel ridge regression.
 
-Lee, Lee, Ko, Kawaguchi, Lee and Hwang 2024, arXiv:2310.06511. Departures, results and cost: README.md#krr-st.
+Lee, Lee, Ko, Kawaguchi, Lee and Hwang 2024, arXiv:2310.06511. Departures, results and cost: README.md#krr_st.
 
     python krr_st.py --data cifar100       # the paper's size: 1000 pairs, 160,000 steps; wants a GPU
     python krr_st.py                       # bundled digits, teacher and evaluation included: two minutes on a CPU
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -147,7 +148,7 @@ class Args:
     """add a row pretrained on all real images with their targets, for as many steps"""
 
 
-PUBLISHED = dict(
+PUBLISHED = dict(  # of CIFAR-100; CIFAR-10, where nothing was published, and folders take it too
     save_every=2000,
     num_images=1000,
     steps=160_000,
@@ -169,16 +170,16 @@ PUBLISHED = dict(
     eval_finetune_steps=10_000,
 )
 SIZE_64 = PUBLISHED | dict(widths=(64, 128, 256, 512), lr_img=1e-5, lr_label=1e-5)
-SIZE_224 = SIZE_64 | dict(widths=(32, 64, 128, 256, 512), num_images=10)
+SIZE_224 = SIZE_64 | dict(widths=(32, 64, 128, 256, 512), num_images=10, eval_finetune_steps=5000)
 DIGITS = PUBLISHED | dict(
     save_every=200,
     num_images=10,
-    steps=1000,
+    steps=2000,
     batch_real=512,
-    lr_img=1e-2,
+    lr_img=3e-2,
     lr_label=1e-2,
     widths=(32, 64),
-    max_age=300,
+    max_age=20,
     teacher_arch="resnet10",
     teacher_width=16,
     teacher_epochs=40,
@@ -211,24 +212,28 @@ def phi(features: Tensor) -> Tensor:
 
 def ridge_lam(f_s: Tensor, ridge: float, scale: str, grad: bool) -> Tensor:
     """lam = ridge * trace(K_ss) [/ n_s]; the trace is the squared norm of f_s (n_s, d + 1). Detached unless `grad`."""
-    trace = f_s.float().square().sum()
+    trace = f_s.square().sum()
     lam = ridge * (trace if scale == "trace" else trace / len(f_s))
     return lam if grad else lam.detach()
 
 
-def krr_st_loss(f_s: Tensor, y_s: Tensor, f_t: Tensor, y_t: Tensor, lam: Tensor, precision: str = "auto") -> Tensor:
+def krr_st_loss(f_t: Tensor, y_t: Tensor, f_s: Tensor, y_s: Tensor, lam: Tensor, precision: str = "auto") -> Tensor:
     """Mean over batch and dimensions of (K_ts (K_ss + lam I)^-1 y_s - y_t)^2: the paper's outer objective.
 
-    f_s: (n_s, d), f_t: (n_t, d) with the ones column, y_s: (n_s, c), y_t: (n_t, c) the teacher's features.
+    f_t: (n_t, d), f_s: (n_s, d) with the ones column, y_t: (n_t, c) the teacher's features, y_s: (n_s, c).
     """
     return F.mse_loss(kernels.krr_predict(f_t, f_s, y_s, lam, precision=precision), y_t)
+
+
+@lru_cache(maxsize=1)
+def epoch_order(n: int, seed: int, epoch: int) -> Tensor:
+    return torch.randperm(n, generator=rng("batch", seed, epoch))
 
 
 def batch_index(step: int, n: int, batch: int, seed: int) -> Tensor:
     """Indices of the step-th real batch: shuffled epochs, the last short batch kept. (<= batch,)"""
     per_epoch = -(-n // batch)
-    order = torch.randperm(n, generator=rng("batch", seed, step // per_epoch))
-    return order[step % per_epoch * batch :][:batch]
+    return epoch_order(n, seed, step // per_epoch)[step % per_epoch * batch :][:batch]
 
 
 class Pool:
@@ -246,12 +251,12 @@ class Pool:
         with seeded("pool network", self.args.seed, slot, self.births[slot]):
             self.nets[slot] = self.make_net().to(self.device)
         self.births[slot] += 1
-        params, lr, decay = self.nets[slot].parameters(), self.args.lr_net, self.args.wd_net
+        params, lr, wd = self.nets[slot].parameters(), self.args.lr_net, self.args.wd_net
         if self.args.pool_opt == "sgd":
             momentum = self.args.momentum_net
-            self.optimizers[slot] = torch.optim.SGD(params, lr=lr, momentum=momentum, weight_decay=decay, foreach=True)
+            self.optimizers[slot] = torch.optim.SGD(params, lr=lr, momentum=momentum, weight_decay=wd, foreach=True)
         else:
-            self.optimizers[slot] = torch.optim.AdamW(params, lr=lr, weight_decay=decay, foreach=True)
+            self.optimizers[slot] = torch.optim.AdamW(params, lr=lr, weight_decay=wd, foreach=True)
 
     def train(self, slot: int, x_s: Tensor, y_s: Tensor) -> None:
         """One step of the inner objective: mean squared error over n_s and d, train-mode BatchNorm."""
@@ -274,7 +279,7 @@ class Pool:
         """After the outer step: replace the network if it is of age, else train it once more."""
         if self.ages[slot] >= self.args.max_age:
             self.replace(slot)
-            if self.args.pool_reset == "fixed":  # departure 1: the released code keeps the age, see README
+            if self.args.pool_reset == "fixed":  # departure 1: the released code keeps the age
                 self.ages[slot] = 0
         else:
             self.ages[slot] += 1
@@ -303,9 +308,12 @@ def main(args: Args) -> dict:
         test_fraction=args.test_fraction,
         seed=args.split_seed,
     )
-    named = args.data in NAMED and args.size is None
+    named = args.data in NAMED and data.resize == "none"
     preset = preset_name(PRESETS, args.preset, data.name, named, data.size)
     args = fill(args, PRESETS[preset])
+    for flag in ("steps", "batch_real", "save_every", "log_every", "pool", "max_age", "eval_runs", "eval_epochs"):
+        if getattr(args, flag) < 1:
+            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be at least 1")
     if not 1 <= args.num_images <= len(data.x_train):
         raise UserError(f"--num-images {args.num_images}: must be 1 to {len(data.x_train)}, the training images")
     if len(args.widths) != convnet_depth(data.size):
@@ -343,21 +351,23 @@ def main(args: Args) -> dict:
     # the targets of un-augmented images never change: computed once, never in the loop
     targets_train = teacher.cached_targets(data.x_train, data.content, "train", device)  # (N, c)
     targets_test = teacher.cached_targets(data.x_test, data.content, "test", device)
+    run.check("teacher's features", targets_train[:8])
     of_mean = float((targets_train - targets_train.mean(0)).square().mean())  # loss of predicting the mean
 
     # distilled set
     index = torch.randperm(len(data.x_train), generator=rng("initial images", args.seed))[: args.num_images]
-    x_s = normalise(data.x_train[index].to(device), mean, std)  # (n_s, C, H, W)
-    if args.init_space == "raw":  # departure 2: the released code starts from pixels in [0, 1], see README
-        x_s = denormalise(x_s, mean, std)
+    x_s = data.x_train[index].to(device)  # (n_s, C, H, W)
+    # departure 2: the released code starts from pixels in [0, 1] though the networks see normalised images
+    x_s = x_s / 255 if args.init_space == "raw" else normalise(x_s, mean, std)
     y_s = targets_train[index].to(device)  # (n_s, c)
     x_s.requires_grad_(), y_s.requires_grad_()
+    # departure 4: two learning rates, the released code has one
     groups = [{"params": [x_s], "lr": args.lr_img}, {"params": [y_s], "lr": args.lr_label}]
     if args.outer_opt == "adamw":
         optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     else:
         optimizer = torch.optim.SGD(groups, momentum=0.5)
-    decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 1 - (1 - args.lr_end) * t / args.steps)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 1 - (1 - args.lr_end) * t / args.steps)
 
     # networks
     def make_net() -> ConvNet:
@@ -369,15 +379,15 @@ def main(args: Args) -> dict:
         with torch.no_grad():
             x_s.copy_(run.state["x_s"]), y_s.copy_(run.state["y_s"])
         optimizer.load_state_dict(run.state["optimizer"])
-        decay.load_state_dict(run.state["decay"])
+        schedule.load_state_dict(run.state["schedule"])
         pool.load_state_dict(run.state["pool"])
         curve = run.state["curve"]
     else:
         pool.warm_up(x_s.detach(), y_s.detach())
 
     def checkpoint(step: int) -> None:
-        states = dict(optimizer=optimizer.state_dict(), decay=decay.state_dict(), pool=pool.state_dict())
-        run.save(step, x_s=x_s.detach(), y_s=y_s.detach(), curve=curve, **states)
+        states = dict(optimizer=optimizer.state_dict(), schedule=schedule.state_dict(), pool=pool.state_dict())
+        run.save(step, checked=targets_train[:8], x_s=x_s.detach(), y_s=y_s.detach(), curve=curve, **states)
 
     recipe = Protocol(
         runs=args.eval_runs,
@@ -394,7 +404,7 @@ def main(args: Args) -> dict:
             y_s,
             data.mean,
             data.std,
-            method="krr_st",
+            method=run.name,
             data=data.name,
             content=data.content,
             y_is="teacher features",
@@ -403,23 +413,22 @@ def main(args: Args) -> dict:
             step=step,
             seed=args.seed,
             recipe=vars(recipe),
-            teacher=dict(name=teacher.name, **teacher.info),
+            teacher=teacher.info | dict(name=teacher.name),
         )
-        distilled = load_distilled(run.file("distilled.safetensors"), "krr_st")
+        distilled = load_distilled(run.file("distilled.safetensors"), run.name)
         return evaluate_pairs(
             distilled, data, teacher, targets_train, targets_test, make_net, device, recipe, args.seed, rows
         )
 
     # outer loop
-    smooth = None
     for step in run.steps(args.steps):
         if step == 0:
-            run.grid(0, args.steps, denormalise(x_s, mean, std))
+            run.grid(0, args.steps, denormalise(x_s.detach(), mean, std))
         slot = int(torch.randint(args.pool, (), generator=rng("slot", args.seed, step)))
         net = pool.nets[slot].eval()  # BatchNorm uses statistics gathered from the distilled images
         index = batch_index(step, len(data.x_train), args.batch_real, args.seed)
         x_t = data.x_train[index].to(device)
-        if args.outer_aug == "crop_flip":  # departure 3: an option; the targets then see the same augmented images
+        if args.outer_aug == "crop_flip":  # departure 3: an option here, the default of the last upload
             x_t = crop_flip(x_t, rng("crop flip", args.seed, step), data.flip)
             y_t = teacher.targets(x_t, device).to(device)
         else:
@@ -429,13 +438,14 @@ def main(args: Args) -> dict:
                 f_t = phi(net.features(normalise(x_t, mean, std)).float())  # (n_t, d + 1)
             f_s = phi(net.features(x_s).float())  # (n_s, d + 1)
         lam = ridge_lam(f_s, args.ridge, args.ridge_scale, args.ridge_grad)
-        loss = krr_st_loss(f_s, y_s, f_t, y_t, lam, args.ridge_precision)
+        loss = krr_st_loss(f_t, y_t, f_s, y_s, lam, args.ridge_precision)
         x_s.grad, y_s.grad = torch.autograd.grad(loss, [x_s, y_s])  # the network's weights get no gradient here
         if args.grad_clip:
             for tensor in (x_s, y_s):
                 torch.nn.utils.clip_grad_norm_([tensor], args.grad_clip)
         optimizer.step()
-        decay.step()
+        age, lr_img = pool.ages[slot], optimizer.param_groups[0]["lr"]
+        schedule.step()
         pool.grow(slot, x_s.detach(), y_s.detach())
 
         done = step + 1
@@ -443,15 +453,13 @@ def main(args: Args) -> dict:
         if done % args.log_every == 0 or saving or done == 1:
             kernels.raise_if_failed(done)
             relative = float(loss.detach()) / of_mean
-            smooth = relative if smooth is None else 0.9 * smooth + 0.1 * relative
-            scalars = {"loss": relative, "loss_smooth": smooth, "mse": relative * of_mean, "lam": float(lam.detach())}
-            scalars |= {"age": float(pool.ages[slot]), "lr_img": decay.get_last_lr()[0]}
-            run.log(done, scalars, f"n_s {len(x_s)}, d {f_s.shape[1]}")
-        run.grid(done, args.steps, denormalise(x_s, mean, std))
+            scalars = {"loss": relative, "mse": relative * of_mean, "lam": float(lam.detach())}
+            run.log(done, scalars | {"age": age, "lr_img": lr_img}, f"n_s {len(x_s)}, d {f_s.shape[1]}")
+        run.grid(done, args.steps, denormalise(x_s.detach(), mean, std))
         if args.eval_every and done % args.eval_every == 0 and done < args.steps:
             scores = evaluate(done, ("distilled",))["distilled"]
             curve.append({"step": done, **scores})
-            run.log(done, {f"eval/{key}": value["mean"] for key, value in scores.items()}, show="eval/match")
+            run.log_evaluation(done, {f"eval/{key}": value["mean"] for key, value in scores.items()})
         if saving:
             checkpoint(done)
 
@@ -475,7 +483,7 @@ def main(args: Args) -> dict:
         data=data.name,
         num_images=args.num_images,
         steps=args.steps,
-        teacher=dict(name=teacher.name, **teacher.info),
+        teacher=teacher.info | dict(name=teacher.name),
         loss_of_mean=of_mean,
         eval=scores,
         distilled_minus_random_real=differences,

@@ -137,7 +137,6 @@ def score_features(
 ) -> dict[str, float | list[float]]:
     """probe, few_5 and few_1 (one value a draw) of a frozen feature map net: pixels by mean and std -> (N, dim)."""
 
-    @torch.no_grad()
     def embed(x: Tensor) -> Tensor:
         return apply_chunked(lambda part: net(normalise(part.to(device), mean, std)), x)
 

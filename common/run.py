@@ -125,9 +125,9 @@ def rng(*key) -> torch.Generator:
 
 @contextlib.contextmanager
 def seeded(*key) -> Iterator[None]:
-    """Seed torch's global generator inside the block only: module constructors draw their weights from it."""
+    """Seed torch's global CPU generator inside the block only: module constructors draw their weights from it."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed_of(*key))
+        torch.default_generator.manual_seed(seed_of(*key))  # torch.manual_seed would reseed the GPU as well
         yield
 
 
@@ -187,7 +187,7 @@ def save_grid(path: str | Path, x: Tensor, per_row: int = 10, at_least: int = 48
 class Run:
     """The folder and the log of one run.
 
-    folder, args (resolved), device, start (first step to do: 0, or where the checkpoint stands), step (last done).
+    folder, args (resolved), device, start (first step to do: 0, or where the checkpoint stands), state (of it).
     """
 
     def __init__(self, script: str, args, data_name: str, content: str):
@@ -202,6 +202,8 @@ class Run:
         self.content = content
         if args.resume:
             self.folder = Path(args.resume)
+            for left in self.folder.glob(".*.tmp"):  # of a write that was killed
+                left.unlink()
             saved = dataclasses.asdict(load_args(type(args), self.folder))
             args = fill(args, saved)
             for key, value in dataclasses.asdict(args).items():
@@ -222,7 +224,7 @@ class Run:
         self.start = self.state["step"] if self.state else 0
         self.seconds_before = self.state["seconds"] if self.state else 0.0
         self.began = time.monotonic()
-        self.history = self.state["history"] if self.state else []  # [step, the scalar shown in the bar]
+        self.history = self.state["history"] if self.state else []  # [step, loss]
         self.board = SummaryWriter(str(self.folder), purge_step=self.start if args.resume else None)
         self.bar, self.seconds_per_100_steps = None, None
         print(f"run: {self.folder} on {device_words(self.device)}, torch {torch.__version__}", flush=True)
@@ -252,8 +254,8 @@ class Run:
                 print(f"\nstopped; go on with: python {self.name}.py --resume {self.folder}", file=sys.stderr)
                 raise
 
-    def log(self, step: int, scalars: dict[str, float], context: str = "", show: str = "loss") -> None:
-        """Write scalars to TensorBoard with steps/s and memory; show one in the progress bar.
+    def log(self, step: int, scalars: dict[str, float], context: str = "") -> None:
+        """Write scalars to TensorBoard with steps/s and memory; "loss" goes into the progress bar and curve.png.
 
         Raises UserError if one is not finite, naming all of them and `context` (n_s, d, lam).
         """
@@ -272,9 +274,8 @@ class Run:
         for key, value in (scalars | speed).items():
             self.board.add_scalar(key, value, step)
         if self.bar is not None:
-            self.bar.set_postfix_str(f"{show} {scalars[show]:.4f}")
-        if show == "loss":
-            self.history.append([step, scalars[show]])
+            self.bar.set_postfix_str(f"loss {scalars['loss']:.4f}")
+        self.history.append([step, scalars["loss"]])
 
     def grid(self, step: int, total: int, x: Tensor, per_row: int = 10) -> None:
         """At step 0, at powers of ten and at the end: the first 100 images as grid_{step}.png. x in pixel units."""
@@ -284,11 +285,24 @@ class Run:
     def save(self, step: int, **state) -> None:
         """Write checkpoint.pt: `step` steps are done. Raises UserError rather than save a tensor that is not finite."""
         for key, value in state.items():
-            if isinstance(value, Tensor) and not value.isfinite().all():
+            if not all_finite(value):
                 raise UserError(f"step {step}: {key} is not finite; the last good checkpoint stays in {self.folder}")
         state |= dict(format=f"{self.name} 1", step=step, seconds=self.seconds(), content=self.content)
         state |= dict(history=self.history)
         write_atomic(self.file("checkpoint.pt"), lambda tmp: torch.save(state, tmp))
+
+    def log_evaluation(self, step: int, scalars: dict[str, float]) -> None:
+        """Write scalars of the distilled set to TensorBoard; they have no part in the loop's speed or loss."""
+        for key, value in scalars.items():
+            self.board.add_scalar(key, value, step)
+
+    def check(self, what: str, value: Tensor) -> None:
+        """On resume: compare `value` with what save(checked=...) stored. Raises UserError if it is another's."""
+        if self.state:
+            saved = self.state["checked"]
+            scale = float(saved.abs().mean())  # rounding differs between devices
+            if saved.shape != value.shape or not torch.allclose(saved, value, rtol=1e-2, atol=1e-2 * scale):
+                raise UserError(f"--resume {self.folder}: the {what} changed since; restore it or start a new run")
 
     def plot(self, points: dict[str, list[tuple[int, float]]], title: str) -> None:
         """Write curve.png: the logged loss, and named points (step, value) over it."""
@@ -321,6 +335,17 @@ class Run:
         self.board.close()
         print(f"run: {self.file('result.json')} after {result['seconds']:.0f} s, {peak_memory() / 1e9:.1f} GB")
         return result
+
+
+def all_finite(state) -> bool:
+    """Whether every tensor in nested dicts and lists is finite."""
+    if isinstance(state, Tensor):
+        return bool(state.isfinite().all())
+    if isinstance(state, dict):
+        state = state.values()
+    elif not isinstance(state, (list, tuple)):
+        return True
+    return all(all_finite(part) for part in state)
 
 
 def new_folder(parent: Path, prefix: str) -> Path:

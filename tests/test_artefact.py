@@ -1,6 +1,7 @@
 """common/artefact.py: the file and back, also without this project; pretraining against a loop."""
 
 import dataclasses
+import itertools
 import json
 
 import pytest
@@ -253,18 +254,19 @@ def test_pretrain_takes_any_module(path, make, dim):
 
 
 def test_pretrain_repeats_by_seed_and_passes_its_settings_on(path, monkeypatch):
-    distilled, calls = pairs(path), []
+    distilled, calls, counter = pairs(path), [], itertools.count(1)
 
     def fitted(seed):
         torch.manual_seed(0)
         module = nn.Sequential(nn.Flatten(), nn.Linear(192, 8))
-        torch.manual_seed(seed + 20)
+        torch.rand(next(counter))  # the global generator has no say
         return pretrain(module, distilled, epochs=2, batch=7, seed=seed).weight
 
     assert torch.equal(fitted(1), fitted(1)) and not torch.equal(fitted(1), fitted(2))
-    monkeypatch.setattr("common.artefact.fit_pairs", lambda net, x, y, *key, **sgd: calls.append((x, y, sgd)))
+    monkeypatch.setattr("common.artefact.fit_pairs", lambda net, x, y, *key, **sgd: calls.append((x, y, key, sgd)))
     module = nn.Sequential(nn.Flatten(), nn.Linear(192, 2))
-    pretrain(module, distilled, epochs=3, batch=7, lr=0.5, momentum=0.1, weight_decay=0.2)
-    ((x, y, sgd),) = calls
+    pretrain(module, distilled, epochs=3, batch=7, seed=4, lr=0.5, momentum=0.1, weight_decay=0.2)
+    ((x, y, key, sgd),) = calls
+    assert key == ("pretrain", 4)
     assert torch.equal(x, distilled.inputs()) and torch.equal(y, distilled.y)
     assert sgd == dict(steps=3 * 5, batch=7, lr=0.5, momentum=0.1, weight_decay=0.2)  # 30 pairs: five batches an epoch

@@ -1,6 +1,7 @@
 """common/evaluate.py: every score against a naive restatement; the rows of a table differ in their pairs only."""
 
 import dataclasses
+import itertools
 import statistics
 
 import numpy as np
@@ -152,10 +153,11 @@ def test_linear_probe_repeats_by_key():
 
 
 def test_finetune_learns_digits_and_never_mirrors_them(digits, monkeypatch):
-    flips, whole = [], common.evaluate.crop_flip
+    flips, batches, whole, counter = [], [], common.evaluate.crop_flip, itertools.count(1)
 
     def record(x, generator, flip):
         flips.append(flip)
+        batches.append(x)
         return whole(x, generator, flip)
 
     monkeypatch.setattr(common.evaluate, "crop_flip", record)
@@ -163,6 +165,7 @@ def test_finetune_learns_digits_and_never_mirrors_them(digits, monkeypatch):
     def tuned(*key, steps):
         torch.manual_seed(0)
         net = ConvNet(1, 8, 5, (16, 32))
+        torch.rand(next(counter))  # the global generator has no say in the rest
         value = finetune(net, digits, *key, device=CPU, steps=steps, lr=0.05)
         return value, net
 
@@ -172,6 +175,9 @@ def test_finetune_learns_digits_and_never_mirrors_them(digits, monkeypatch):
     first, again, other = (tuned(key, steps=3)[1].state_dict() for key in (1, 1, 2))
     assert all(torch.equal(first[key], again[key]) for key in first)
     assert not torch.equal(first["head.weight"], other["head.weight"])
+    assert not torch.equal(batches[-6], batches[-3])  # first of keys 1 and 2
+    heads = [tuned(key, steps=0)[1].head.weight for key in (1, 2)]  # as they start
+    assert not torch.equal(*heads)
     assert not torch.equal(first["blocks.0.weight"], net.state_dict()["blocks.0.weight"])
     flips.clear()
     net = ConvNet(1, 8, 5, (4, 8))

@@ -247,8 +247,7 @@ def test_the_loop_is_the_method(out_dir):
             m, v = moments.get(name, (0.0, 0.0))
             m, v = 0.9 * m + 0.1 * grad, 0.999 * v + 0.001 * grad**2
             moments[name] = m, v
-            lr = 1e-2 * (1 - 0.999 * step / 2)
-            lr *= {"x": args.lr_img, "y": args.lr_label}[name] / 1e-2
+            lr = {"x": args.lr_img, "y": args.lr_label}[name] * (1 - 0.999 * step / 2)
             update = (m / (1 - 0.9 ** (step + 1))) / ((v / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
             with torch.no_grad():
                 tensor -= lr * update
@@ -472,6 +471,22 @@ def test_five_kills_and_resumes_end_bit_identical(tmp_path):
     assert equal(load_file(a / "teacher.safetensors"), load_file(b / "teacher.safetensors"))
 
 
+@pytest.mark.slow
+def test_the_default_run_beats_random_real_images(tmp_path):
+    """`python krr_st.py` as a user runs it, teacher included: the claim of the README's digits table."""
+    command = [sys.executable, str(REPO / "krr_st.py"), "--out-dir", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPO)
+    assert done.returncode == 0, done.stderr
+    r = json.loads((only_run(tmp_path) / "result.json").read_text())
+    real, ours = (r["eval"][row]["match"] for row in ("random_real", "distilled"))
+    assert real["mean"] - ours["mean"] > real["std"] + ours["std"]
+    for metric in ("few_5", "few_1"):
+        gain = r["distilled_minus_random_real"][metric]
+        assert gain["pairs"] == 100 and gain["mean"] + 2 * gain["se"] >= 0
+    curve = common.run.load_checkpoint(only_run(tmp_path) / "checkpoint.pt")["history"]
+    assert curve[-1][1] < 0.5 * curve[0][1]  # the loss relative to predicting the mean falls
+
+
 # ----------------------------------------------------------------------------------------------------------- bad input
 
 
@@ -526,7 +541,7 @@ def test_resume_refuses_changed_flags_and_broken_checkpoints(out_dir, monkeypatc
     main(tiny(out_dir))
     folder = only_run(out_dir)
     before = (folder / "checkpoint.pt").read_bytes()
-    assert "--lr-img was 0.01, now 0.5" in refused(monkeypatch, capsys, "--resume", folder, "--lr-img", 0.5)
+    assert "--lr-img was 0.03, now 0.5" in refused(monkeypatch, capsys, "--resume", folder, "--lr-img", 0.5)
     assert (folder / "checkpoint.pt").read_bytes() == before
     (folder / "checkpoint.pt").write_bytes(before[: len(before) // 2])
     assert "not a readable checkpoint" in refused(monkeypatch, capsys, "--resume", folder)

@@ -60,7 +60,8 @@ def test_resnets_have_the_published_sizes():
 
 @pytest.mark.parametrize(("size", "padding", "stem", "last"), [(32, 2, 34, 5), (64, 2, 66, 9), (32, 1, 32, 4)])
 def test_stem_padding_enlarges_the_maps(size, padding, stem, last):
-    net, sizes = ResNet("resnet10", width=4, stem_padding=padding), {}
+    options = {} if padding == 2 else {"stem_padding": padding}  # 2 is the default
+    net, sizes = ResNet("resnet10", width=4, **options), {}
     for name in ("conv1", "maxpool", "layer4"):
         net.get_submodule(name).register_forward_hook(lambda _, __, out, name=name: sizes.update({name: out.shape[2:]}))
     net(torch.zeros(2, 3, size, size))
@@ -93,7 +94,7 @@ def test_resnet_blocks_start_as_their_shortcuts_and_stems_by_fan_out():
                 assert not parameter.any(), name
             elif parameter.ndim == 1 and name.endswith("weight"):
                 assert (parameter == 1).all(), name
-    weight = ResNet("resnet10", width=64).layer4[0].conv2.weight  # 512 x 512 x 3 x 3
+    weight = ResNet("resnet10", width=64).layer4[0].conv1.weight  # 256 to 512 channels, 3 x 3
     assert weight.std().item() == pytest.approx((2 / (512 * 9)) ** 0.5, rel=0.01)
 
 

@@ -300,6 +300,20 @@ def test_views_are_drawn_without_flips_for_digits(few, monkeypatch, tmp_path):
     assert asked == [((0.4, 1.0), False, True)] * 2
 
 
+def test_every_step_is_lars_at_the_scheduled_rate(few, monkeypatch, tmp_path):
+    calls, whole = [], common.pretrain.lars_
+
+    def record(params, lr, eta, weight_decay):
+        calls.append((len(params), lr, eta, weight_decay))
+        whole(params, lr, eta, weight_decay)
+
+    monkeypatch.setattr(common.pretrain, "lars_", record)
+    train_teacher(few, tmp_path, CPU, **TINY)
+    n = len(list(ResNet("resnet10", 1, 4).parameters())) + len(list(projector(32, 16).parameters()))
+    rates = [cosine_lr(step, 6, 2, 0.3 * 128 / 256) for step in range(6)]  # one warm-up epoch of two steps
+    assert calls == [(n, rate, 0.002, 1e-4) for rate in rates]
+
+
 def test_a_folder_that_cannot_be_made_is_named(few, tmp_path):
     (tmp_path / "file").write_text("")
     refuse(lambda: train_teacher(few, tmp_path / "file", CPU, **TINY), str(tmp_path / "file"), "--out-dir")
@@ -405,7 +419,8 @@ def test_a_solo_learn_checkpoint_loads(colour, tmp_path, prefix):
     source, path = resnet("resnet18", width=8), tmp_path / "barlow.ckpt"
     state = {prefix + key: value for key, value in source.state_dict().items()}
     beside = {"backbone.": ("projector.0.weight", "classifier.weight", "momentum_backbone.conv1.weight")}
-    for key in beside.get(prefix, (f"{prefix}fc.0.weight",)):
+    heads = [f"{prefix}{head}.weight" for head in ("fc", "projector.0", "predictor.0", "classifier")]
+    for key in beside.get(prefix, heads):
         state[key] = torch.zeros(2, 2)
     torch.save({"state_dict": state, "epoch": 999}, path)
     teacher = load_teacher(str(path), colour, CPU)
