@@ -314,6 +314,8 @@ def main(args: Args) -> dict:
     for flag in ("steps", "batch_real", "save_every", "log_every", "pool", "max_age", "eval_runs", "eval_epochs"):
         if getattr(args, flag) < 1:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be at least 1")
+    if data.size < 4:
+        raise UserError(f"--size {data.size}: must be at least 4, the network halves it {len(args.widths)} times")
     if not 1 <= args.num_images <= len(data.x_train):
         raise UserError(f"--num-images {args.num_images}: must be 1 to {len(data.x_train)}, the training images")
     if len(args.widths) != convnet_depth(data.size):
@@ -416,9 +418,7 @@ def main(args: Args) -> dict:
             teacher=teacher.info | dict(name=teacher.name),
         )
         distilled = load_distilled(run.file("distilled.safetensors"), run.name)
-        return evaluate_pairs(
-            distilled, data, teacher, targets_train, targets_test, make_net, device, recipe, args.seed, rows
-        )
+        return evaluate_pairs(distilled, data, targets_train, targets_test, make_net, device, recipe, args.seed, rows)
 
     # outer loop
     for step in run.steps(args.steps):

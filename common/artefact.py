@@ -5,6 +5,7 @@ labels), mean and std (C,). (x - mean) / std is what the networks saw. Metadata:
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from common.run import UserError, commit, rng, seeded, write_atomic
+from common.run import UserError, commit, first_line, rng, seeded, write_atomic
 
 FORMAT = "distilled 1"
 
@@ -111,7 +112,7 @@ def load_distilled(path: str | Path, method: str | None = None) -> Distilled:
             text = file.metadata() or {}
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: not a readable distilled set ({str(error).splitlines()[0]})") from None
+        raise UserError(f"{path}: not a readable distilled set ({first_line(error)})") from None
     if text.get("format") != FORMAT:
         raise UserError(f"{path}: format {text.get('format')!r}, this version reads {FORMAT!r}; distil it again")
     if method is not None and text["method"] != method:
@@ -132,24 +133,27 @@ def fit_pairs(
     lr: float = 0.1,
     momentum: float = 0.9,
     weight_decay: float = 1e-3,
+    prepare: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> float:
-    """Train net(x) -> y by mean squared error, in place: plain SGD, constant rate, no augmentation (KRR-ST's code).
+    """Train net(prepare(x)) -> y by mean squared error, in place: SGD, constant rate, no augmentation (KRR-ST's code).
 
-    x: (N, C, H, W) network inputs, y: (N, d), both on the net's device; key: of the batch order. Epochs keep their
-    last short batch. Returns the last loss. Raises UserError if it is not finite.
+    x: (N, C, H, W) network inputs, or what `prepare` makes them of batch by batch (pixels of a set larger than
+    memory); y: (N, d); key: of the batch order. Epochs keep their last short batch. Returns the last loss; the net
+    stays in train mode. Raises UserError if the loss is not finite.
     """
     net.train()
+    device = next(net.parameters()).device
     optimizer = torch.optim.SGD(net.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay, foreach=True)
     per_epoch = -(-len(x) // batch)
     for step in range(steps):
         if per_epoch == 1:
-            x_b, y_b = x, y
+            x_b, y_b = prepare(x), y
         else:
             if step % per_epoch == 0:
-                order = torch.randperm(len(x), generator=rng("fit", *key, step // per_epoch)).to(x.device)
+                order = torch.randperm(len(x), generator=rng("fit", *key, step // per_epoch))
             index = order[step % per_epoch * batch :][:batch]
-            x_b, y_b = x[index], y[index]
-        loss = F.mse_loss(net(x_b), y_b)
+            x_b, y_b = prepare(x[index]), y[index]
+        loss = F.mse_loss(net(x_b.to(device)), y_b.to(device))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -162,7 +166,7 @@ def pretrain(module: nn.Module, distilled: Distilled, *, epochs: int = 1000, bat
     """Pretrain any nn.Module on a distilled set of (image, target feature) pairs, in place, on the module's device.
 
     The module maps images to features of any shape; a linear head to the d targets is put on the flattened output
-    and returned (most uses drop it). sgd: lr, momentum, weight_decay of `fit_pairs`.
+    and returned (most uses drop it). sgd: lr, momentum, weight_decay of `fit_pairs`. The module stays in train mode.
     """
     device = next(module.parameters()).device
     x, y = distilled.inputs().to(device), distilled.y.to(device)

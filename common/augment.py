@@ -57,7 +57,9 @@ def resized_crop(x: Tensor, generator: torch.Generator, scale: tuple[float, floa
     theta[:, 0, 0], theta[:, 0, 2] = width * sign, 2 * left + width - 1
     theta[:, 1, 1], theta[:, 1, 2] = height, 2 * top + height - 1
     grid = F.affine_grid(theta, list(x.shape), align_corners=False)
-    return F.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=False)
+    inside = x.new_tensor([1 - 1 / x.shape[3], 1 - 1 / x.shape[2]])  # centres of the border pixels
+    grid = grid.clamp(-inside, inside)  # is border padding, which MPS lacks
+    return F.grid_sample(x, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
 
 def grayscale(x: Tensor) -> Tensor:

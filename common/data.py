@@ -127,10 +127,7 @@ def load(
 
 
 def normalise(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Network input, float32 (N, C, H, W), from uint8 pixels or from floats where 1.0 is white.
-
-    The only place where pixels are divided by 255.
-    """
+    """Network input, float32 (N, C, H, W), from uint8 pixels or from floats where 1.0 is white."""
     x = x.float() / 255 if x.dtype == torch.uint8 else x.float()
     return (x - mean.to(x).view(-1, 1, 1)) / std.to(x).view(-1, 1, 1)
 

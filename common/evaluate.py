@@ -24,27 +24,30 @@ from common.artefact import Distilled, fit_pairs
 from common.augment import crop_flip
 from common.data import Data, normalise
 from common.models import ConvNet, apply_chunked
-from common.pretrain import Teacher
 from common.run import rng, seeded
 
-DRAWS = 20
 CACHE_BYTES = 4 << 30  # features of a whole set are kept for the probe below this, else computed batch by batch
 
 
 @dataclass
 class Protocol:
-    """How rows are scored; every value is recorded in result.json. epochs, batch, lr ...: pretraining on the pairs."""
+    """How rows are scored; every value is recorded in result.json. epochs .. weight_decay: pretraining on the pairs."""
 
     runs: int = 5
     epochs: int = 1000
     batch: int = 256
     lr: float = 0.1
+    momentum: float = 0.9
     weight_decay: float = 1e-3
     probe_steps: int = 5000
     probe_lr: float = 0.2
+    probe_batch: int = 512
+    few_draws: int = 20
     few_ridge: float = 1e-2
     finetune_steps: int = 10_000
     finetune_lr: float = 0.01
+    finetune_batch: int = 256
+    finetune_weight_decay: float = 5e-4
 
 
 def matching_error(prediction: Tensor, target: Tensor) -> float:
@@ -53,43 +56,43 @@ def matching_error(prediction: Tensor, target: Tensor) -> float:
     return float(residual / (target.double() - target.double().mean(0)).square().mean())
 
 
-def linear_probe(
-    features, y: Tensor, f_test: Tensor, y_test: Tensor, classes: int, *key, steps: int, lr: float
-) -> float:
-    """Test accuracy of one linear layer by SGD: batch 512, momentum 0.9, cosine to zero, cross-entropy, last step.
+def linear_probe(features, data: Data, f_test: Tensor, protocol: Protocol, *key) -> float:
+    """Test accuracy of one linear layer by SGD: momentum 0.9, cosine to zero, cross-entropy, last step.
 
-    features: index (B,) -> (B, d), frozen and un-augmented; y: (N,). Source: KRR-ST's code (lr 0.2, 5000 steps).
+    features: index (B,) -> (B, d), frozen and un-augmented. Source: KRR-ST's code (batch 512, lr 0.2, 5000 steps).
     """
-    device, dim = f_test.device, f_test.shape[1]
+    device = f_test.device
     with seeded("probe", *key):
-        head = nn.Linear(dim, classes).to(device)
-    optimizer = torch.optim.SGD(head.parameters(), lr=lr, momentum=0.9, foreach=True)
-    generator, y = rng("probe batches", *key), y.to(device)
-    for step in range(steps):
-        index = torch.randint(len(y), (512,), generator=generator).to(device)
-        loss = F.cross_entropy(head(features(index)), y[index])
-        optimizer.param_groups[0]["lr"] = lr * 0.5 * (1 + math.cos(math.pi * step / steps))
+        head = nn.Linear(f_test.shape[1], data.num_classes).to(device)
+    optimizer = torch.optim.SGD(head.parameters(), lr=protocol.probe_lr, momentum=0.9, foreach=True)
+    generator = rng("probe batches", *key)
+    for step in range(protocol.probe_steps):
+        index = torch.randint(len(data.y_train), (protocol.probe_batch,), generator=generator)
+        loss = F.cross_entropy(head(features(index)), data.y_train[index].to(device))
+        optimizer.param_groups[0]["lr"] = (
+            protocol.probe_lr * 0.5 * (1 + math.cos(math.pi * step / protocol.probe_steps))
+        )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     with torch.no_grad():
-        return accuracy(head(f_test), y_test)
+        return accuracy(head(f_test), data.y_test)
 
 
 def accuracy(scores: Tensor, y: Tensor) -> float:
     return float((scores.argmax(1).cpu() == y.cpu()).float().mean())
 
 
-def few_label_draws(y: Tensor, per_class: int, *key) -> Tensor:
-    """DRAWS index sets of `per_class` training images a class (fewer where a class has fewer): (DRAWS, classes * k)."""
-    k = min(per_class, int(y.bincount().min()))
-    draws = []
-    for draw in range(DRAWS):
+def few_label_draws(y: Tensor, per_class: int, draws: int, *key) -> Tensor:
+    """Index sets with `per_class` training images of every class, all of a class that has fewer: (draws, n)."""
+    counts = y.bincount()
+    ends = counts.cumsum(0)
+    sets = []
+    for draw in range(draws):
         order = torch.randperm(len(y), generator=rng("few", *key, per_class, draw))
         by_class = order[torch.argsort(y[order], stable=True)]  # shuffled inside each class
-        starts = torch.cumsum(y.bincount(), 0) - y.bincount()
-        draws.append(by_class[(starts[:, None] + torch.arange(k)).flatten()])
-    return torch.stack(draws)
+        sets.append(torch.cat([by_class[end - n : end][:per_class] for end, n in zip(ends, counts, strict=True)]))
+    return torch.stack(sets)
 
 
 def few_label_probe(
@@ -108,22 +111,24 @@ def few_label_probe(
     return [accuracy((f_test - c) @ head + b, y_test) for c, head, b in zip(centre, heads, offset, strict=True)]
 
 
-def finetune(net: ConvNet, data: Data, *key, device: torch.device, steps: int, lr: float) -> float:
-    """Test accuracy after training all weights with a new head: SGD 0.9, wd 5e-4, batch 256, cosine, crop and flip.
+def finetune(net: ConvNet, data: Data, device: torch.device, protocol: Protocol, *key) -> float:
+    """Test accuracy after training all weights with a new head: SGD 0.9, cosine to zero, crop and flip, last step.
 
-    Source: KRR-ST's code, lr 0.01 and 10,000 steps on CIFAR. Sets that must not be mirrored are only cropped.
+    Source: KRR-ST's code (batch 256, lr 0.01, weight decay 5e-4, 10,000 steps on CIFAR). Sets that must not be
+    mirrored are only cropped.
     """
     with seeded("finetune head", *key):
         net.head = nn.Linear(net.dim, data.num_classes).to(device)
     mean, std = data.mean.to(device), data.std.to(device)
-    optimizer = torch.optim.SGD(net.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4, foreach=True)
+    lr, wd = protocol.finetune_lr, protocol.finetune_weight_decay
+    optimizer = torch.optim.SGD(net.parameters(), lr=lr, momentum=0.9, weight_decay=wd, foreach=True)
     generator = rng("finetune", *key)
     net.train()
-    for step in range(steps):
-        index = torch.randint(len(data.x_train), (256,), generator=generator)
+    for step in range(protocol.finetune_steps):
+        index = torch.randint(len(data.x_train), (protocol.finetune_batch,), generator=generator)
         x = crop_flip(data.x_train[index].to(device), generator, data.flip)  # pads with black, as the original
         loss = F.cross_entropy(net(normalise(x, mean, std)), data.y_train[index].to(device))
-        optimizer.param_groups[0]["lr"] = lr * 0.5 * (1 + math.cos(math.pi * step / steps))
+        optimizer.param_groups[0]["lr"] = lr * 0.5 * (1 + math.cos(math.pi * step / protocol.finetune_steps))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -132,75 +137,48 @@ def finetune(net: ConvNet, data: Data, *key, device: torch.device, steps: int, l
     return accuracy(scores, data.y_test)
 
 
-def score_features(
-    net, dim: int, mean: Tensor, std: Tensor, data: Data, device: torch.device, protocol: Protocol, seed: int, run: int
-) -> dict[str, float | list[float]]:
-    """probe, few_5 and few_1 (one value a draw) of a frozen feature map net: pixels by mean and std -> (N, dim)."""
+def probes(features, f_test: Tensor, data: Data, protocol: Protocol, *key) -> dict[str, float | list[float]]:
+    """probe, few_5 and few_1 (one value a draw) of frozen features.
 
-    def embed(x: Tensor) -> Tensor:
-        return apply_chunked(lambda part: net(normalise(part.to(device), mean, std)), x)
-
-    f_test = embed(data.x_test)
-    if len(data.x_train) * dim * 4 <= CACHE_BYTES:
-        f_train = embed(data.x_train)
-        features = f_train.__getitem__
-    else:
-        features = lambda index: embed(data.x_train[index.cpu()])  # noqa: E731
-    scores = {
-        "probe": linear_probe(
-            features,
-            data.y_train,
-            f_test,
-            data.y_test,
-            data.num_classes,
-            seed,
-            run,
-            steps=protocol.probe_steps,
-            lr=protocol.probe_lr,
-        )
-    }
+    features: index (B,) of training images -> (B, d), on the device of f_test (N, d).
+    """
+    scores = {"probe": linear_probe(features, data, f_test, protocol, *key)}
     for k in (5, 1):
-        draws = few_label_draws(data.y_train, k, seed, run)  # (DRAWS, n)
-        f_l = torch.stack([features(draw.to(device)) for draw in draws])
-        y_l = data.y_train[draws].to(device)
+        draws = few_label_draws(data.y_train, k, protocol.few_draws, *key)  # (draws, n)
+        f_l = torch.stack([features(draw) for draw in draws])
+        y_l = data.y_train[draws].to(f_test.device)
         scores[f"few_{k}"] = few_label_probe(f_l, y_l, f_test, data.y_test, data.num_classes, protocol.few_ridge)
     return scores
 
 
-def score_pairs(
-    pairs: tuple[Tensor, Tensor] | None,
-    steps: int,
-    data: Data,
-    targets_test: Tensor,
-    make_net,
-    device: torch.device,
-    protocol: Protocol,
-    seed: int,
-    run: int,
+def score_network(
+    net: ConvNet, data: Data, targets_test: Tensor, device: torch.device, protocol: Protocol, *key
 ) -> dict[str, float | list[float]]:
-    """All scores of one fresh network pretrained on `pairs` (network inputs, targets), or not at all for None."""
-    with seeded("evaluation network", seed, run):
-        net = make_net().to(device)
-    if pairs is not None:
-        x, y = (tensor.to(device) for tensor in pairs)
-        sgd = dict(batch=protocol.batch, lr=protocol.lr, weight_decay=protocol.weight_decay)
-        fit_pairs(net, x, y, seed, run, steps=steps, **sgd)
-    net.eval()
+    """All scores of one pretrained network; fine-tuning comes last and changes it."""
     mean, std = data.mean.to(device), data.std.to(device)
-    predicted = apply_chunked(lambda part: net(normalise(part.to(device), mean, std)).cpu(), data.x_test)
-    scores = {"match": matching_error(predicted, targets_test)}
+    net.eval()
+
+    def embed(x: Tensor) -> Tensor:
+        return apply_chunked(lambda part: net.features(normalise(part.to(device), mean, std)), x)
+
+    f_test = embed(data.x_test)  # (N, dim)
+    with torch.no_grad():
+        scores = {"match": matching_error(net.head(f_test).cpu(), targets_test)}
     if data.labelled:
-        scores |= score_features(net.features, net.dim, mean, std, data, device, protocol, seed, run)
+        if len(data.x_train) * net.dim * 4 <= CACHE_BYTES:
+            f_train = embed(data.x_train)
+            features = lambda index: f_train[index.to(device)]  # noqa: E731
+        else:
+            features = lambda index: embed(data.x_train[index])  # noqa: E731
+        scores |= probes(features, f_test, data, protocol, *key)
         if protocol.finetune_steps:
-            sgd = dict(steps=protocol.finetune_steps, lr=protocol.finetune_lr)
-            scores["finetune"] = finetune(net, data, seed, run, device=device, **sgd)
+            scores["finetune"] = finetune(net, data, device, protocol, *key)
     return scores
 
 
 def evaluate_pairs(
     distilled: Distilled,
     data: Data,
-    teacher: Teacher,
     targets_train: Tensor,
     targets_test: Tensor,
     make_net,
@@ -211,36 +189,40 @@ def evaluate_pairs(
 ) -> dict[str, dict[str, dict]]:
     """{row: {metric: {"values": one a network, "mean", "std"}}}; std is the sample's, over protocol.runs networks.
 
-    make_net: () -> ConvNet with the teacher's dimension as outputs; targets: the teacher's, of data.x_train / x_test.
-    rows may also hold "all_real" and "teacher" (the teacher's own probes).
+    make_net: () -> ConvNet with the teacher's dimension as outputs; targets: the teacher's features of data.x_train and
+    data.x_test. rows may also hold "all_real" and "teacher" (the probes of those features themselves).
+    Raises kernels.FailedFactorization if a probe's ridge failed.
     """
-    x_s, y_s = distilled.inputs(), distilled.y
-    n_s = len(x_s)
+    mean, std = data.mean.to(device), data.std.to(device)
+    n_s = len(distilled.x)
     steps = protocol.epochs * -(-n_s // protocol.batch)  # all rows take the same number of SGD steps
+    sgd = dict(batch=protocol.batch, lr=protocol.lr, momentum=protocol.momentum, weight_decay=protocol.weight_decay)
     results = {row: [] for row in rows}
     bar = tqdm(total=len(rows) * protocol.runs, desc="evaluation", dynamic_ncols=True)
     for row in rows:
         for run in range(protocol.runs):
             bar.set_postfix_str(row)
             if row == "teacher":
-                flat = lambda x: teacher.net(x).flatten(1).float()  # noqa: E731
-                own = teacher.dim, teacher.mean, teacher.std
-                results[row].append(score_features(flat, *own, data, device, protocol, seed, run))
-            else:
-                if row == "none":
-                    pairs = None
-                elif row == "distilled":
-                    pairs = x_s, y_s
-                elif row == "random_real":
-                    index = torch.randperm(len(data.x_train), generator=rng("random real", seed, run))[:n_s]
-                    pairs = normalise(data.x_train[index], data.mean, data.std), targets_train[index]
-                else:
-                    pairs = normalise(data.x_train[:], data.mean, data.std), targets_train
-                results[row].append(
-                    score_pairs(pairs, steps, data, targets_test, make_net, device, protocol, seed, run)
-                )
+                features = lambda index: targets_train[index].to(device)  # noqa: E731
+                results[row].append(probes(features, targets_test.to(device), data, protocol, seed, run))
+                bar.update()
+                continue
+            with seeded("evaluation network", seed, run):  # the run-th network of every row starts alike
+                net = make_net().to(device)
+            if row == "distilled":
+                x, y = distilled.inputs().to(device), distilled.y.to(device)
+                fit_pairs(net, x, y, seed, run, steps=steps, **sgd)
+            elif row == "random_real":
+                index = torch.randperm(len(data.x_train), generator=rng("random real", seed, run))[:n_s]
+                x, y = normalise(data.x_train[index].to(device), mean, std), targets_train[index].to(device)
+                fit_pairs(net, x, y, seed, run, steps=steps, **sgd)
+            elif row == "all_real":
+                prepare = lambda x: normalise(x.to(device), mean, std)  # noqa: E731
+                fit_pairs(net, data.x_train, targets_train, seed, run, steps=steps, prepare=prepare, **sgd)
+            results[row].append(score_network(net, data, targets_test, device, protocol, seed, run))
             bar.update()
     bar.close()
+    kernels.raise_if_failed(distilled.step)
     return {row: summarise(scores) for row, scores in results.items()}
 
 
@@ -259,11 +241,24 @@ def summarise(scores: list[dict]) -> dict[str, dict]:
 
 
 def paired(results: dict, row: str, against: str, metric: str) -> dict[str, float]:
-    """Mean of row - against over networks (and draws), with its standard error."""
-    a, b = (results[r][metric].get("draws") or [[v] for v in results[r][metric]["values"]] for r in (row, against))
-    difference = torch.tensor(a, dtype=torch.float64).flatten() - torch.tensor(b, dtype=torch.float64).flatten()
-    n = len(difference)
-    return dict(mean=float(difference.mean()), se=float(difference.std() / n**0.5) if n > 1 else 0.0, pairs=n)
+    """Mean of row - against with its standard error, over all pairs (networks x draws) and over networks alone.
+
+    `se` takes the draws of one network as independent, which they are not quite; `se_networks` does not.
+    """
+    difference = [
+        torch.tensor(
+            results[r][metric].get("draws") or [[v] for v in results[r][metric]["values"]], dtype=torch.float64
+        )
+        for r in (row, against)
+    ]
+    difference = difference[0] - difference[1]  # (networks, draws)
+
+    def standard_error(x: Tensor) -> float:
+        return float(x.std() / len(x) ** 0.5) if len(x) > 1 else 0.0
+
+    flat, networks = difference.flatten(), difference.mean(1)
+    se, se_networks = standard_error(flat), standard_error(networks)
+    return dict(mean=float(flat.mean()), se=se, se_networks=se_networks, pairs=len(flat))
 
 
 def table(results: dict[str, dict[str, dict]], caption: str) -> str:

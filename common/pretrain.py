@@ -7,6 +7,7 @@ input is normalised by. Barlow Twins: Zbontar et al. 2021, arXiv:2103.03230, wit
 import hashlib
 import importlib
 import json
+import math
 import shlex
 import time
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from tqdm import tqdm
 from common.augment import two_views
 from common.data import Data, normalise
 from common.models import ResNet
-from common.run import UserError, load_checkpoint, rng, seeded, write_atomic
+from common.run import UserError, first_line, load_checkpoint, rng, seeded, write_atomic
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # what torchvision's and most published networks expect
 FORMAT = "teacher 1"
@@ -110,7 +111,7 @@ def cosine_lr(step: int, steps: int, warmup: int, lr: float) -> float:
     """Linear warm-up from lr / 10,000, then a cosine to zero."""
     if step < warmup:
         return lr * max(1e-4, step / warmup)
-    return lr * 0.5 * (1 + float(torch.cos(torch.tensor((step - warmup) / max(1, steps - warmup) * torch.pi))))
+    return lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
 @torch.no_grad()
@@ -269,7 +270,7 @@ def quick_knn(net: nn.Module, data: Data, device: torch.device) -> float:
 
 
 def freeze(net: nn.Module) -> nn.Module:
-    return net.eval().requires_grad_(False)
+    return net.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 
 def load_own(path: Path) -> Teacher:
@@ -279,7 +280,7 @@ def load_own(path: Path) -> Teacher:
             info = json.loads((file.metadata() or {}).get("info", "{}"))
         weights = load_file(path)
     except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"{path}: not a readable teacher ({str(error).splitlines()[0]})") from None
+        raise UserError(f"{path}: not a readable teacher ({first_line(error)})") from None
     if info.get("format") != FORMAT:
         raise UserError(
             f"{path}: not a teacher of this project (format {info.get('format')}); train one or name another"
@@ -386,5 +387,5 @@ def load_library(library: str, name: str, size: int) -> Teacher:
     except Exception as error:  # unknown names, no network, a fixed image size: each library raises its own
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"--teacher {library}:{name}: {reason}; check the name, the network and --size") from None
-    info = dict(method=library, name=name, mean=list(mean), std=list(std))
+    info = dict(method=library, model=name, mean=list(mean), std=list(std))
     return Teacher(net, dim, torch.tensor(mean), torch.tensor(std), f"{library}:{name}", info, None)

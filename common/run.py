@@ -38,6 +38,11 @@ class UserError(Exception):
     """Bad input. The message is one line: what is wrong and how to mend it. `cli` prints it and exits with 2."""
 
 
+def first_line(error: Exception) -> str:
+    """An exception in one line; its type where it has no words."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 # ---------------------------------------------------------------------------------------------------- the command line
 
 
@@ -105,7 +110,7 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"--device {name}: not available here ({reason}); use --device auto or cpu") from None
     return device
 
@@ -148,7 +153,7 @@ def write_atomic(path: str | Path, writer: Callable[[Path], None]) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"could not write {path} ({reason}); free some space and resume, nothing was lost") from None
     finally:
         temporary.unlink(missing_ok=True)
@@ -165,7 +170,7 @@ def load_checkpoint(path: str | Path) -> dict:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except Exception as error:  # torch raises many kinds here
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"{path}: not a readable checkpoint ({reason}); delete it to start over") from None
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import statistics
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,6 @@ import common.evaluate
 from common.artefact import Distilled
 from common.data import load, normalise
 from common.evaluate import (
-    DRAWS,
     Protocol,
     accuracy,
     evaluate_pairs,
@@ -31,6 +31,7 @@ from common.pretrain import Teacher
 from common.run import rng, seeded
 
 F64 = torch.float64
+DRAWS = Protocol().few_draws
 CPU = torch.device("cpu")
 
 
@@ -71,16 +72,17 @@ def test_accuracy_is_the_share_of_right_classes():
 
 def test_few_label_draws_are_balanced_distinct_and_repeatable():
     y = torch.tensor([0] * 9 + [1] * 30 + [2] * 12)[torch.randperm(51, generator=torch.Generator().manual_seed(0))]
-    draws = few_label_draws(y, 5, 7, 1)
+    draws = few_label_draws(y, 5, DRAWS, 7, 1)
     assert len(draws) == DRAWS
     for one in draws:
         assert len(set(one.tolist())) == 15 and y[one].bincount().tolist() == [5, 5, 5]
     assert len({tuple(sorted(one.tolist())) for one in draws}) == DRAWS
     assert len(set(draws.flatten().tolist())) > 45  # nearly every image has its turn
-    assert torch.equal(draws, few_label_draws(y, 5, 7, 1))
-    assert not torch.equal(draws, few_label_draws(y, 5, 7, 2))
-    rare = few_label_draws(torch.cat([y, torch.tensor([3, 3])]), 5, 7, 1)  # a class of two
-    assert rare.shape == (DRAWS, 8) and set(rare[:, 6:].flatten().tolist()) == {51, 52}
+    assert torch.equal(draws, few_label_draws(y, 5, DRAWS, 7, 1))
+    assert not torch.equal(draws, few_label_draws(y, 5, DRAWS, 7, 2))
+    rare = few_label_draws(torch.cat([y, torch.tensor([3, 3])]), 5, DRAWS, 7, 1)  # a class of two
+    assert rare.shape == (DRAWS, 17) and set(rare[:, 15:].flatten().tolist()) == {51, 52}
+    assert all(y[one[:15]].bincount().tolist() == [5, 5, 5] for one in rare)
 
 
 @pytest.mark.parametrize(("n", "dim"), [(12, 40), (60, 8)])  # the dual and the primal system
@@ -110,7 +112,8 @@ def clusters(n, seed):
 
 def probe(*key, steps=60, lr=0.2, features=None):
     (f, y), (f_test, y_test) = clusters(200, 1), clusters(80, 2)
-    return linear_probe(features or f.__getitem__, y, f_test, y_test, 4, *key, steps=steps, lr=lr)
+    data = SimpleNamespace(y_train=y, y_test=y_test, num_classes=4)
+    return linear_probe(features or f.__getitem__, data, f_test, Protocol(probe_steps=steps, probe_lr=lr), *key)
 
 
 def test_linear_probe_learns_what_a_line_separates():
@@ -166,7 +169,7 @@ def test_finetune_learns_digits_and_never_mirrors_them(digits, monkeypatch):
         torch.manual_seed(0)
         net = ConvNet(1, 8, 5, (16, 32))
         torch.rand(next(counter))  # the global generator has no say in the rest
-        value = finetune(net, digits, *key, device=CPU, steps=steps, lr=0.05)
+        value = finetune(net, digits, CPU, Protocol(finetune_steps=steps, finetune_lr=0.05), *key)
         return value, net
 
     value, net = tuned(1, steps=40)
@@ -181,7 +184,7 @@ def test_finetune_learns_digits_and_never_mirrors_them(digits, monkeypatch):
     assert not torch.equal(first["blocks.0.weight"], net.state_dict()["blocks.0.weight"])
     flips.clear()
     net = ConvNet(1, 8, 5, (4, 8))
-    finetune(net, dataclasses.replace(digits, flip=True), 1, device=CPU, steps=2, lr=0.05)
+    finetune(net, dataclasses.replace(digits, flip=True), CPU, Protocol(finetune_steps=2), 1)
     assert flips == [True, True]
 
 
@@ -230,7 +233,8 @@ class Spy:
         return net
 
     def on_fit(self, net, x, y, *key, **sgd):
-        self.fits.append((x, y, key, sgd))
+        seen = {name: value for name, value in sgd.items() if name != "prepare"}
+        self.fits.append((sgd.get("prepare", lambda x: x)(x), y, key, seen))
         return self.fit(net, x, y, *key, **sgd)
 
     def on_draw(self, *args):
@@ -251,7 +255,7 @@ def scored(few, teacher, targets):
     with pytest.MonkeyPatch.context() as patch:
         spy = Spy(patch)
         distilled = as_distilled(*real_pairs(few, targets, 1))
-        scores = evaluate_pairs(distilled, few, teacher, *targets, spy.make_net, CPU, TINY, 3, ROWS)
+        scores = evaluate_pairs(distilled, few, *targets, spy.make_net, CPU, TINY, 3, ROWS)
     return scores, spy
 
 
@@ -275,7 +279,9 @@ def test_rows_are_trained_on_what_they_say(scored, few, targets):
     for i, ((x, y, key, sgd), (x_wanted, y_wanted)) in enumerate(zip(spy.fits, wanted, strict=True)):
         assert torch.equal(x, x_wanted) and torch.equal(y, y_wanted), i
         assert key == (3, i % 2)
-        assert sgd == dict(steps=4 * 2, batch=16, lr=0.05, weight_decay=1e-3)  # 20 pairs: two batches an epoch
+        assert sgd == dict(
+            steps=4 * 2, batch=16, lr=0.05, momentum=0.9, weight_decay=1e-3
+        )  # 20 pairs: two batches an epoch
 
 
 def test_equal_pairs_score_equal(scored):
@@ -306,7 +312,7 @@ def test_match_is_the_error_of_the_networks_own_head(few, teacher, targets):
     unlabelled = dataclasses.replace(few, y_train=None, y_test=None, class_names=[])
     distilled, make_net = as_distilled(*real_pairs(few, targets, 0)), lambda: ConvNet(1, 8, 16, (4, 8))
     rows = ("none", "distilled")
-    scores = evaluate_pairs(distilled, unlabelled, teacher, *targets, make_net, CPU, TINY, 3, rows)
+    scores = evaluate_pairs(distilled, unlabelled, *targets, make_net, CPU, TINY, 3, rows)
     assert {row: set(metrics) for row, metrics in scores.items()} == {"none": {"match"}, "distilled": {"match"}}
     assert scores["none"]["match"]["values"][0] == pytest.approx(expected, rel=1e-5)
 
@@ -317,43 +323,45 @@ def test_finetuning_may_be_left_out(few, teacher, targets):
         dataclasses.replace(TINY, runs=1, finetune_steps=0),
     )
     make_net = lambda: ConvNet(1, 8, 16, (4, 8))  # noqa: E731
-    scores = evaluate_pairs(distilled, few, teacher, *targets, make_net, CPU, protocol, 3, ("none",))
+    scores = evaluate_pairs(distilled, few, *targets, make_net, CPU, protocol, 3, ("none",))
     assert set(scores["none"]) == {"match", "probe", "few_5", "few_1"} and scores["none"]["match"]["std"] == 0
 
 
 @pytest.mark.parametrize("cached", [True, False])
 def test_features_are_frozen_and_normalised_kept_or_not(few, teacher, targets, monkeypatch, cached):
-    """The probe's features, of a network and of the teacher, which has its own constants."""
+    """The probe's features, of the teacher as they are and of a network."""
     seen, distilled = [], as_distilled(*real_pairs(few, targets, 0))
     if not cached:
         monkeypatch.setattr(common.evaluate, "CACHE_BYTES", 0)
-    monkeypatch.setattr(common.evaluate, "linear_probe", lambda *args, **sgd: seen.append((args, sgd)) or 0.5)
-    nets = []
+    monkeypatch.setattr(common.evaluate, "linear_probe", lambda *args: seen.append(args) or 0.5)
+    nets, embedded, few_draws = [], [], TINY.few_draws
 
     def make_net():
         nets.append(ConvNet(1, 8, 16, (4, 8)))
+        whole = nets[-1].features
+        nets[-1].features = lambda x: embedded.extend(x) or whole(x)
         return nets[-1]
 
     protocol = dataclasses.replace(TINY, runs=1, finetune_steps=0)
-    evaluate_pairs(distilled, few, teacher, *targets, make_net, CPU, protocol, 3, ("teacher", "distilled"))
+    evaluate_pairs(distilled, few, *targets, make_net, CPU, protocol, 3, ("teacher", "distilled"))
+    # test images once; training images once, or each time the draws ask for them
+    assert len(embedded) == 4 * N_S + 100 + (300 if cached else few_draws * (50 + 10))
     index = torch.tensor([5, 0, 299, 5])
     embed = lambda x: nets[0].eval().features(normalise(x, few.mean, few.std)).detach()  # noqa: E731
-    for ((features, y, f_test, y_test, classes, *key), sgd), expected in zip(
+    for (features, data, f_test, used, *key), expected in zip(
         seen, (targets, (embed(few.x_train), embed(few.x_test))), strict=True
     ):
         torch.testing.assert_close(features(index), expected[0][index], rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(f_test, expected[1], rtol=1e-5, atol=1e-5)
         assert not features(index).requires_grad
-        assert torch.equal(y, few.y_train) and torch.equal(y_test, few.y_test) and classes == 10 and key == [3, 0]
-        assert sgd == dict(steps=8, lr=0.2)
-        assert torch.is_tensor(getattr(features, "__self__", None)) == cached
+        assert data is few and used is protocol and key == [3, 0]
 
 
 def test_scores_do_not_depend_on_the_cache(scored, few, teacher, targets, monkeypatch):
     monkeypatch.setattr(common.evaluate, "CACHE_BYTES", 0)
     distilled, protocol = as_distilled(*real_pairs(few, targets, 1)), dataclasses.replace(TINY, finetune_steps=0)
     make_net = lambda: ConvNet(1, 8, 16, (4, 8))  # noqa: E731
-    scores = evaluate_pairs(distilled, few, teacher, *targets, make_net, CPU, protocol, 3, ("distilled",))
+    scores = evaluate_pairs(distilled, few, *targets, make_net, CPU, protocol, 3, ("distilled",))
     for metric in ("match", "probe", "few_5", "few_1"):
         assert scores["distilled"][metric] == scored[0]["distilled"][metric]
 
@@ -383,9 +391,11 @@ def test_paired_is_the_mean_difference_and_its_standard_error():
         found = paired(results, "a", "b", metric)
         assert found["mean"] == pytest.approx((a - b).mean())
         assert found["se"] == pytest.approx((a - b).std(ddof=1) / np.sqrt(n))
+        means = a.reshape(3, -1).mean(1) - b.reshape(3, -1).mean(1)
+        assert found["se_networks"] == pytest.approx(means.std(ddof=1) / np.sqrt(3))
         assert found["pairs"] == n
     one = {"a": summarise(RUNS[:1]), "b": summarise(OTHER[:1])}
-    assert paired(one, "a", "b", "match") == dict(mean=pytest.approx(-0.1), se=0.0, pairs=1)
+    assert paired(one, "a", "b", "match") == dict(mean=pytest.approx(-0.1), se=0.0, se_networks=0.0, pairs=1)
 
 
 def test_table_has_every_row_and_score():

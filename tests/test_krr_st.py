@@ -14,13 +14,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import common.run
 import krr_st
 from common.artefact import load_distilled
 from common.data import load
+from common.models import ResNet
+from common.pretrain import Teacher, freeze, load_own
 from krr_st import Args, Pool, batch_index, krr_st_loss, main, phi, ridge_lam
 
 REPO = Path(krr_st.__file__).parent
@@ -93,10 +96,7 @@ def test_loss_and_gradients_equal_the_naive_restatement(n_s, n_t, d, c, naive, s
     f_t, y_t = phi(net(draw(n_t, 7))), draw(n_t, c)
     ridge = 1e-3
     f_s = phi(net(x_s))
-    lam = ridge * f_s.square().sum() / (n_s if scale == "trace_mean" else 1)  # float64, unlike ridge_lam's float32
-    assert ridge_lam(f_s, ridge, scale, grad).item() == pytest.approx(lam.item(), rel=1e-6)
-    assert ridge_lam(f_s, ridge, scale, grad).requires_grad == grad
-    ours = krr_st_loss(f_s, y_s, f_t, y_t, lam if grad else lam.detach())
+    ours = krr_st_loss(f_t, y_t, f_s, y_s, ridge_lam(f_s, ridge, scale, grad))
     theirs = naive(net, x_s, y_s, f_t, y_t, ridge, scale, grad)
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=0)
     for a, b in zip(torch.autograd.grad(ours, [x_s, y_s]), torch.autograd.grad(theirs, [x_s, y_s]), strict=True):
@@ -287,11 +287,68 @@ def test_raw_start_is_the_released_one(out_dir):
 
 
 def test_the_outer_targets_see_the_augmented_images(out_dir, monkeypatch):
-    seen = []
-    original = krr_st.crop_flip
-    monkeypatch.setattr(krr_st, "crop_flip", lambda x, g, flip: seen.append((len(x), flip)) or original(x, g, flip))
+    batches, targets, crop, loss = [], [], krr_st.crop_flip, krr_st.krr_st_loss
+
+    def record(x, generator, flip):
+        assert not flip  # digits are never mirrored
+        batches.append(crop(x, generator, flip))
+        assert not torch.equal(batches[-1], x)
+        return batches[-1]
+
+    monkeypatch.setattr(krr_st, "crop_flip", record)
+    monkeypatch.setattr(krr_st, "krr_st_loss", lambda f_t, y_t, *rest: targets.append(y_t) or loss(f_t, y_t, *rest))
     main(tiny(out_dir, outer_aug="crop_flip", steps=3, eval_runs=1))
-    assert seen == [(64, False)] * 3  # digits are never mirrored
+    (folder,) = (out_dir / "teachers").iterdir()
+    teacher = load_own(folder / "teacher.safetensors")
+    assert len(batches) == 3
+    for x, y_t in zip(batches, targets, strict=True):
+        torch.testing.assert_close(y_t, teacher.targets(x, torch.device("cpu")))
+
+
+def two_steps(out_dir, monkeypatch, **changes):
+    """x_s before and after each of two steps, and the gradients of images and targets."""
+    grads, values = [], []
+    original = torch.autograd.grad
+
+    def record(loss, inputs):
+        values.append([t.detach().clone() for t in inputs])
+        grads.append([g.clone() for g in original(loss, inputs)])
+        return tuple(g.clone() for g in grads[-1])
+
+    monkeypatch.setattr(torch.autograd, "grad", record)
+    main(tiny(out_dir, steps=2, eval_runs=1, lr_end=0.5, lr_img=0.3, lr_label=0.2, **changes))
+    state = common.run.load_checkpoint(only_run(out_dir) / "checkpoint.pt")
+    values.append([state["x_s"], state["y_s"]])
+    return values, grads
+
+
+def test_outer_sgd_has_momentum_one_half_and_a_linear_schedule(out_dir, monkeypatch):
+    values, grads = two_steps(out_dir, monkeypatch, outer_opt="sgd")
+    for i, lr in enumerate((0.3, 0.2)):
+        first = values[0][i] - lr * grads[0][i]
+        torch.testing.assert_close(values[1][i], first)
+        second = first - 0.75 * lr * (0.5 * grads[0][i] + grads[1][i])  # half-way to lr_end = 0.5
+        torch.testing.assert_close(values[2][i], second)
+
+
+def test_gradients_are_clipped_each_to_its_own_norm(out_dir, monkeypatch):
+    values, grads = two_steps(out_dir, monkeypatch, outer_opt="sgd", grad_clip=1e-3)
+    for i, lr in enumerate((0.3, 0.2)):
+        assert grads[0][i].norm() > 2e-3
+        torch.testing.assert_close((values[0][i] - values[1][i]).norm(), torch.tensor(lr * 1e-3), rtol=1e-3, atol=0)
+
+
+def test_a_library_teacher_serves_a_whole_run(out_dir, monkeypatch):
+    def library(spec, data, device, stem_padding):
+        with common.run.seeded("library"):
+            net = freeze(ResNet("resnet10", 1, 2))
+        info = dict(method="torchvision", model="resnet10", mean=[0.5], std=[0.25])
+        return Teacher(net, net.dim, torch.tensor([0.5]), torch.tensor([0.25]), spec, info, None)
+
+    monkeypatch.setattr(krr_st, "load_teacher", library)
+    result = main(tiny(out_dir, teacher="torchvision:resnet10"))
+    assert result["teacher"]["name"] == "torchvision:resnet10"
+    assert load_distilled(only_run(out_dir) / "distilled.safetensors").meta["teacher"]["model"] == "resnet10"
 
 
 def test_full_row_and_curve(out_dir):
@@ -338,7 +395,7 @@ def test_a_renamed_copy_runs_and_names_its_own_runs(tmp_path, out_dir):
     assert done.returncode == 0, done.stderr
     folder = only_run(out_dir)
     assert folder.name.startswith("digits__my_idea__0__")
-    assert load_distilled(folder / "distilled.safetensors").step == 12
+    assert load_distilled(folder / "distilled.safetensors", "my_idea").step == 12
     assert "distilled" in done.stdout and "random real" in done.stdout
 
 
@@ -358,7 +415,7 @@ def same_end(folder_a: Path, folder_b: Path) -> None:
         a, b = load_file(folder_a / name), load_file(folder_b / name)
         assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
     a, b = (common.run.load_checkpoint(folder / "checkpoint.pt") for folder in (folder_a, folder_b))
-    for name in ("optimizer", "pool", "decay", "curve", "step"):
+    for name in ("optimizer", "pool", "schedule", "curve", "history", "step"):
         assert equal(a[name], b[name]), name
     a, b = (json.loads((folder / "result.json").read_text()) for folder in (folder_a, folder_b))
     assert a["eval"] == b["eval"] and a["loss_of_mean"] == b["loss_of_mean"]
@@ -393,6 +450,28 @@ def test_a_resumed_run_ends_as_if_it_had_not_stopped(out_dir, teachers, at, monk
     same_end(folder, only_run(teachers[0]))
 
 
+def test_a_finished_run_can_be_scored_again(out_dir, teachers):
+    main(tiny(out_dir))
+    folder = only_run(out_dir)
+    again = main(dataclasses.replace(common.run.load_args(Args, folder), eval_runs=3))
+    values = [again["eval"]["distilled"]["match"]["values"], teachers[1]["eval"]["distilled"]["match"]["values"]]
+    assert len(values[0]) == 3 and values[0][:2] == values[1]
+    distilled = (load_file(only_run(d) / "distilled.safetensors") for d in (out_dir, teachers[0]))
+    assert equal(*distilled)
+
+
+def test_another_teacher_on_resume_is_refused(out_dir):
+    main(tiny(out_dir))
+    folder = only_run(out_dir)
+    (teacher,) = (out_dir / "teachers").iterdir()
+    weights = load_file(teacher / "teacher.safetensors")
+    meta = safe_open(teacher / "teacher.safetensors", "pt").metadata()
+    weights["conv1.weight"] *= -1
+    save_file(weights, teacher / "teacher.safetensors", metadata=meta)
+    with pytest.raises(common.run.UserError, match="teacher's features changed"):
+        main(common.run.load_args(Args, folder))
+
+
 KILLER = """
 import io, os, signal, sys
 import torch
@@ -425,7 +504,7 @@ def save(state, path):               # torch.save, killed half-way through the f
     with open(path, "wb") as file:
         file.write(data[: len(data) // 2])
         file.flush()
-        kill_if_due("save")
+        kill_if_due("teacher_save" if "/teachers/" in str(path) else "run_save")
         file.write(data[len(data) // 2 :])
 
 original_save, torch.save = torch.save, save
@@ -453,10 +532,10 @@ def test_five_kills_and_resumes_end_bit_identical(tmp_path):
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     assert run_until("nothing:0", [*words, "--out-dir", str(straight)]) == 0
     kills = [
-        f"two_views:{draw(6, 18)}",  # after the first epoch of five steps: the teacher has a checkpoint
-        f"save:{draw(1, 2)}",  # half of a teacher's checkpoint on disk
+        f"two_views:{draw(6, 9)}",  # in the second epoch of five steps: the teacher has one checkpoint
+        f"teacher_save:{draw(1, 2)}",  # half of the teacher's next checkpoint is on disk
         f"batch_index:{draw(6, 14)}",
-        f"save:{draw(2, 3)}",  # half of the run's checkpoint on disk
+        f"run_save:{draw(2, 3)}",  # half of a checkpoint of the run is on disk
         f"replace:{draw(2, 5)}",  # a complete temporary file, not renamed
         f"score_pairs:{draw(2, 5)}",
     ]
@@ -464,6 +543,9 @@ def test_five_kills_and_resumes_end_bit_identical(tmp_path):
     folder = only_run(killed)
     for kill in kills[1:]:
         assert run_until(kill, ["--resume", str(folder)]) == -signal.SIGKILL, kill
+        (teacher,) = (killed / "teachers").iterdir()
+        half = {"teacher_save": teacher, "run_save": folder}.get(kill.split(":")[0])
+        assert half is None or list(half.glob(".checkpoint.pt.*.tmp")), kill  # it was killed inside the write
     assert run_until("nothing:0", ["--resume", str(folder)]) == 0
     same_end(folder, only_run(straight))
     (a,), (b,) = (list((d / "teachers").iterdir()) for d in (straight, killed))
@@ -508,6 +590,9 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys):
 
     assert "did you mean digits" in check("--data", "digit")
     assert "--num-images 0" in check("--num-images", 0)
+    for flag in ("--steps", "--batch-real", "--save-every", "--log-every", "--pool", "--max-age", "--eval-runs"):
+        assert f"{flag} 0: must be at least 1" in check(flag, 0)
+    assert "--size 3: must be at least 4" in check("--size", 3)
     assert "--num-images 1438: must be 1 to 1437" in check("--num-images", 1438)
     assert "--widths" in check("--widths", 8)
     assert "--preset nope" in check("--preset", "nope")

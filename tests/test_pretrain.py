@@ -411,7 +411,7 @@ def resnet(arch="resnet18", **options):
     for name, value in net.state_dict().items():
         if value.is_floating_point() and value.ndim == 1:
             value.copy_(torch.rand(value.shape) + (0.5 if "bias" not in name else -0.5))
-    return net.eval()
+    return net.eval().to(memory_format=torch.channels_last)  # as teachers are, so that sums run in the same order
 
 
 @pytest.mark.parametrize("prefix", ["backbone.", "module.encoder_q.", ""])
@@ -442,6 +442,7 @@ def test_a_torchvision_file_loads(colour, tmp_path, arch, wrapped):
     torch.save({"model": source.state_dict(), "epoch": 1} if wrapped else source.state_dict(), path)
     teacher = load_teacher(str(path), colour, CPU)
     source.fc = nn.Identity()
+    source.to(memory_format=torch.channels_last)
     mean, std = map(torch.tensor, IMAGENET)
     assert torch.equal(teacher.mean, mean) and torch.equal(teacher.std, std)
     with torch.no_grad():
@@ -522,6 +523,7 @@ def test_torchvision_by_name(colour, no_download, name, layer):
     teacher = load_teacher(f"torchvision:{name}", colour, CPU)
     source = no_download(name, "DEFAULT").eval()
     source.set_submodule(layer, nn.Identity())
+    source.to(memory_format=torch.channels_last)
     mean, std = map(torch.tensor, IMAGENET)
     with torch.no_grad():
         expected = source(normalise(colour.x_test, mean, std))

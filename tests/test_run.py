@@ -152,6 +152,7 @@ def test_run_folder_explains_itself(tmp_path, script):
     seen = list(run.steps(3))
     assert seen == [0, 1, 2]
     run.log(3, {"loss": 1.0})
+    assert run.history == [[3, 1.0]]
     result = run.finish(data="digits")
     on_disk = json.loads(run.file("result.json").read_text())
     assert on_disk == json.loads(json.dumps(result)) and on_disk["data"] == "digits"
