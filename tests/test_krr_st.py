@@ -626,7 +626,7 @@ def test_resume_refuses_changed_flags_and_broken_checkpoints(out_dir, monkeypatc
     main(tiny(out_dir))
     folder = only_run(out_dir)
     before = (folder / "checkpoint.pt").read_bytes()
-    assert "--lr-img was 0.03, now 0.5" in refused(monkeypatch, capsys, "--resume", folder, "--lr-img", 0.5)
+    assert "--lr-img was 0.1, now 0.5" in refused(monkeypatch, capsys, "--resume", folder, "--lr-img", 0.5)
     assert (folder / "checkpoint.pt").read_bytes() == before
     (folder / "checkpoint.pt").write_bytes(before[: len(before) // 2])
     assert "not a readable checkpoint" in refused(monkeypatch, capsys, "--resume", folder)
