@@ -36,7 +36,7 @@ def held_out(*args, **kwargs):
     order = rng_order(len(data.x_train))
     train, test = order[len(order) // 5 :], order[: len(order) // 5]
     parts = dict(x_train=data.x_train[train], y_train=data.y_train[train], x_test=data.x_train[test])
-    return dataclasses.replace(data, **parts, y_test=data.y_train[test], content="held out of " + data.content)
+    return dataclasses.replace(data, **parts, y_test=data.y_train[test], content="held" + data.content)
 
 
 def rng_order(n: int):

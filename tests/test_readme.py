@@ -84,12 +84,25 @@ def sweep_table(name: str) -> str:
             few = "" if r is None or "few_5" not in r["gains"] else f", {100 * r['gains']['few_5'][0]:+.1f}"
             cells.append("-" if r is None else f"{r['distilled']['match'][0]:.3f}{few}")
         lines.append(f"| {row:g} | " + " | ".join(cells) + " |")
+    lines += ["", f"Random real images reach {runs[0]['random_real']['match'][0]:.3f}."]
+    return "\n".join(lines)
+
+
+def age_table() -> str:
+    """The same sweep's chosen rates with older pools."""
+    runs = json.loads((REPO / "tests/results/krr_st/sweep_digits_age.json").read_text())["runs"]
+    lines = ["| `--max-age` | match, distilled | 5 a class, gain | 1 a class, gain |", "|---|---|---|---|"]
+    for r in runs:
+        gains = [f"{100 * r['gains'][m][0]:+.1f} ± {100 * r['gains'][m][1]:.1f}" for m in ("few_5", "few_1")]
+        match = f"{r['distilled']['match'][0]:.3f} ± {r['distilled']['match'][1]:.3f}"
+        lines.append(f"| {r['max_age']} | {match} | " + " | ".join(gains) + " |")
     return "\n".join(lines)
 
 
 TABLES = {
     "overview": overview_table,
     "krr_st sweep digits": lambda: sweep_table("digits"),
+    "krr_st sweep digits age": age_table,
     "krr_st sweep cifar100": lambda: sweep_table("cifar100_reduced"),
     "krr_st digits": digits_table,
     "krr_st digits rows": lambda: rows_table("digits_n010_seed0.json"),
