@@ -495,7 +495,7 @@ def watch(module, what):
 watch(common.pretrain, "two_views")  # teacher steps
 watch(krr_st, "batch_index")         # outer steps
 watch(os, "replace")                 # written, not yet renamed
-watch(common.evaluate, "score_pairs")
+watch(common.evaluate, "score_network")
 
 def save(state, path):               # torch.save, killed half-way through the file
     buffer = io.BytesIO()
@@ -537,7 +537,7 @@ def test_five_kills_and_resumes_end_bit_identical(tmp_path):
         f"batch_index:{draw(6, 14)}",
         f"run_save:{draw(2, 3)}",  # half of a checkpoint of the run is on disk
         f"replace:{draw(2, 5)}",  # a complete temporary file, not renamed
-        f"score_pairs:{draw(2, 5)}",
+        f"score_network:{draw(2, 5)}",
     ]
     assert run_until(kills[0], [*words, "--out-dir", str(killed)]) == -signal.SIGKILL
     folder = only_run(killed)
@@ -565,8 +565,9 @@ def test_the_default_run_beats_random_real_images(tmp_path):
     for metric in ("few_5", "few_1"):
         gain = r["distilled_minus_random_real"][metric]
         assert gain["pairs"] == 100 and gain["mean"] + 2 * gain["se"] >= 0
-    curve = common.run.load_checkpoint(only_run(tmp_path) / "checkpoint.pt")["history"]
-    assert curve[-1][1] < 0.5 * curve[0][1]  # the loss relative to predicting the mean falls
+    loss = [value for _, value in common.run.load_checkpoint(only_run(tmp_path) / "checkpoint.pt")["history"]]
+    # one value depends on the age of the network drawn: means of ten log points, after the steep first steps and at last
+    assert np.mean(loss[-10:]) < 0.9 * np.mean(loss[:10]) < 0.9 * loss[0]
 
 
 # ----------------------------------------------------------------------------------------------------------- bad input
