@@ -566,7 +566,7 @@ def test_the_default_run_beats_random_real_images(tmp_path):
         gain = r["distilled_minus_random_real"][metric]
         assert gain["pairs"] == 100 and gain["mean"] + 2 * gain["se"] >= 0
     loss = [value for _, value in common.run.load_checkpoint(only_run(tmp_path) / "checkpoint.pt")["history"]]
-    # one value depends on the age of the network drawn: means of ten log points, after the steep first steps and at last
+    # one value depends on the age of the network drawn: means of ten log points, the first and the last
     assert np.mean(loss[-10:]) < 0.9 * np.mean(loss[:10]) < 0.9 * loss[0]
 
 
