@@ -311,7 +311,8 @@ def main(args: Args) -> dict:
     named = args.data in NAMED and data.resize == "none"
     preset = preset_name(PRESETS, args.preset, data.name, named, data.size)
     args = fill(args, PRESETS[preset])
-    for flag in ("steps", "batch_real", "save_every", "log_every", "pool", "max_age", "eval_runs", "eval_epochs"):
+    for flag in ("steps", "batch_real", "save_every", "log_every", "pool", "max_age", "eval_runs", "eval_epochs",
+                 "teacher_width", "teacher_epochs", "teacher_batch", "teacher_projector"):  # fmt: skip
         if getattr(args, flag) < 1:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be at least 1")
     if data.size < 4:

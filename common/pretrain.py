@@ -153,6 +153,8 @@ def train_teacher(
     accuracy as it goes (labelled data), which selects nothing.
     Raises UserError if the loss is not finite.
     """
+    if len(data.x_train) < 2:
+        raise UserError("a teacher cannot be trained on one image; add images, or name a teacher with --teacher")
     batch = min(batch, len(data.x_train))
     stem = "cifar" if data.size <= 96 else "imagenet"
     info = dict(

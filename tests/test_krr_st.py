@@ -450,6 +450,23 @@ def test_a_resumed_run_ends_as_if_it_had_not_stopped(out_dir, teachers, at, monk
     same_end(folder, only_run(teachers[0]))
 
 
+def test_the_curve_survives_a_stop(out_dir, monkeypatch):
+    def stop(step, *rest):
+        if step == 9:
+            raise KeyboardInterrupt
+        return batch_index(step, *rest)
+
+    monkeypatch.setattr(krr_st, "batch_index", stop)
+    with pytest.raises(KeyboardInterrupt):
+        main(tiny(out_dir, eval_every=3, eval_runs=1))
+    monkeypatch.undo()
+    folder = only_run(out_dir)
+    main(common.run.load_args(Args, folder))
+    curve = json.loads((folder / "curve.json").read_text())
+    assert [point["step"] for point in curve] == [3, 6, 9, 12]  # 3 and 6 from before the checkpoint at 8
+    assert [step for step, _ in common.run.load_checkpoint(folder / "checkpoint.pt")["history"]] == list(range(1, 13))
+
+
 def test_a_finished_run_can_be_scored_again(out_dir, teachers):
     main(tiny(out_dir))
     folder = only_run(out_dir)
@@ -591,7 +608,16 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys):
 
     assert "did you mean digits" in check("--data", "digit")
     assert "--num-images 0" in check("--num-images", 0)
-    for flag in ("--steps", "--batch-real", "--save-every", "--log-every", "--pool", "--max-age", "--eval-runs"):
+    for flag in (
+        "--steps",
+        "--batch-real",
+        "--save-every",
+        "--log-every",
+        "--pool",
+        "--max-age",
+        "--eval-runs",
+        "--teacher-batch",
+    ):
         assert f"{flag} 0: must be at least 1" in check(flag, 0)
     assert "--size 3: must be at least 4" in check("--size", 3)
     assert "--num-images 1438: must be 1 to 1437" in check("--num-images", 1438)
