@@ -399,11 +399,14 @@ def main(args: Args) -> dict:
         finetune_steps=args.eval_finetune_steps,
     )
 
+    def pixels() -> Tensor:
+        return denormalise(x_s.detach(), mean, std)
+
     def evaluate(step: int, rows: tuple[str, ...]) -> dict:
         """Save the set, load it again, and score what was loaded."""
         save_distilled(
             run.file("distilled.safetensors"),
-            denormalise(x_s.detach(), mean, std),
+            pixels(),
             y_s,
             data.mean,
             data.std,
@@ -422,9 +425,9 @@ def main(args: Args) -> dict:
         return evaluate_pairs(distilled, data, targets_train, targets_test, make_net, device, recipe, args.seed, rows)
 
     # outer loop
+    if run.start == 0:
+        run.grid(0, args.steps, pixels)
     for step in run.steps(args.steps):
-        if step == 0:
-            run.grid(0, args.steps, denormalise(x_s.detach(), mean, std))
         slot = int(torch.randint(args.pool, (), generator=rng("slot", args.seed, step)))
         net = pool.nets[slot].eval()  # BatchNorm uses statistics gathered from the distilled images
         index = batch_index(step, len(data.x_train), args.batch_real, args.seed)
@@ -456,7 +459,7 @@ def main(args: Args) -> dict:
             relative = float(loss.detach()) / of_mean
             scalars = {"loss": relative, "mse": relative * of_mean, "lam": float(lam.detach())}
             run.log(done, scalars | {"age": age, "lr_img": lr_img}, f"n_s {len(x_s)}, d {f_s.shape[1]}")
-        run.grid(done, args.steps, denormalise(x_s.detach(), mean, std))
+        run.grid(done, args.steps, pixels)
         if args.eval_every and done % args.eval_every == 0 and done < args.steps:
             scores = evaluate(done, ("distilled",))["distilled"]
             curve.append({"step": done, **scores})

@@ -271,13 +271,9 @@ def _cached(stem, images, labels, n_train, class_names, size, rule, channels) ->
                 "class_names": class_names, "labels": labels}  # fmt: skip
 
         def write(temporary: Path) -> None:
-            try:
-                with open(temporary, "wb") as file:
-                    chunks = _decoded(decode, shape, file, stem.name)
-                    meta.update(_measure(chunks, shape, labels, n_train, class_names))
-            except BaseException:  # a bad image or Ctrl-C: leave no half file behind
-                temporary.unlink(missing_ok=True)
-                raise
+            with open(temporary, "wb") as file:
+                chunks = _decoded(decode, shape, file, stem.name)
+                meta.update(_measure(chunks, shape, labels, n_train, class_names))
 
         try:
             pixels.parent.mkdir(parents=True, exist_ok=True)

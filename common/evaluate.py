@@ -11,7 +11,6 @@ on request all real images for as many steps. The r-th network of every row star
 same few-label draws, so rows can be compared pairwise.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +23,7 @@ from common.artefact import Distilled, fit_pairs
 from common.augment import crop_flip
 from common.data import Data, normalise
 from common.models import ConvNet, apply_chunked
+from common.pretrain import cosine_lr
 from common.run import rng, seeded
 
 CACHE_BYTES = 4 << 30  # features of a whole set are kept for the probe below this, else computed batch by batch
@@ -69,9 +69,7 @@ def linear_probe(features, data: Data, f_test: Tensor, protocol: Protocol, *key)
     for step in range(protocol.probe_steps):
         index = torch.randint(len(data.y_train), (protocol.probe_batch,), generator=generator)
         loss = F.cross_entropy(head(features(index)), data.y_train[index].to(device))
-        optimizer.param_groups[0]["lr"] = (
-            protocol.probe_lr * 0.5 * (1 + math.cos(math.pi * step / protocol.probe_steps))
-        )
+        optimizer.param_groups[0]["lr"] = cosine_lr(step, protocol.probe_steps, 0, protocol.probe_lr)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -128,7 +126,7 @@ def finetune(net: ConvNet, data: Data, device: torch.device, protocol: Protocol,
         index = torch.randint(len(data.x_train), (protocol.finetune_batch,), generator=generator)
         x = crop_flip(data.x_train[index].to(device), generator, data.flip)  # pads with black, as the original
         loss = F.cross_entropy(net(normalise(x, mean, std)), data.y_train[index].to(device))
-        optimizer.param_groups[0]["lr"] = lr * 0.5 * (1 + math.cos(math.pi * step / protocol.finetune_steps))
+        optimizer.param_groups[0]["lr"] = cosine_lr(step, protocol.finetune_steps, 0, lr)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -213,7 +213,7 @@ class Run:
             args = fill(args, saved)
             for key, value in dataclasses.asdict(args).items():
                 free = key in FREE_ON_RESUME or key.startswith("eval_")
-                if not free and json.loads(json.dumps(value)) != json.loads(json.dumps(saved[key])):
+                if not free and value != saved[key]:
                     flag = "--" + key.replace("_", "-")
                     raise UserError(f"--resume: {flag} was {saved[key]}, now {value}; drop the flag or start a new run")
         else:
@@ -282,10 +282,13 @@ class Run:
             self.bar.set_postfix_str(f"loss {scalars['loss']:.4f}")
         self.history.append([step, scalars["loss"]])
 
-    def grid(self, step: int, total: int, x: Tensor, per_row: int = 10) -> None:
-        """At step 0, at powers of ten and at the end: the first 100 images as grid_{step}.png. x in pixel units."""
+    def grid(self, step: int, total: int, pixels: Callable[[], Tensor], per_row: int = 10) -> None:
+        """At step 0, at powers of ten and at the end: the first 100 images as grid_{step}.png.
+
+        pixels: called only then, gives (N, C, H, W) in pixel units.
+        """
         if step == total or step == 0 or math.log10(step).is_integer():
-            save_grid(self.file(f"grid_{step:06d}.png"), x[:100], per_row)
+            save_grid(self.file(f"grid_{step:06d}.png"), pixels()[:100], per_row)
 
     def save(self, step: int, **state) -> None:
         """Write checkpoint.pt: `step` steps are done. Raises UserError rather than save a tensor that is not finite."""

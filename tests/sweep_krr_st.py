@@ -13,6 +13,7 @@ import json
 import sys
 from pathlib import Path
 
+import torch
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -33,16 +34,10 @@ parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="of kr
 def held_out(*args, **kwargs):
     """The training images of the set, a fixed random fifth of them as its test images."""
     data = load(*args, **kwargs)
-    order = rng_order(len(data.x_train))
+    order = torch.randperm(len(data.x_train), generator=rng("validation split"))
     train, test = order[len(order) // 5 :], order[: len(order) // 5]
     parts = dict(x_train=data.x_train[train], y_train=data.y_train[train], x_test=data.x_train[test])
     return dataclasses.replace(data, **parts, y_test=data.y_train[test], content="held" + data.content)
-
-
-def rng_order(n: int):
-    import torch
-
-    return torch.randperm(n, generator=rng("validation split"))
 
 
 load, krr_st.load = krr_st.load, held_out

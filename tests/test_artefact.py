@@ -7,12 +7,13 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import refuse
 from safetensors.torch import save_file
 from torch import nn
 
 from common.artefact import fit_pairs, load_distilled, pretrain, save_distilled
 from common.data import denormalise
-from common.run import UserError, rng
+from common.run import rng
 
 F64 = torch.float64
 MEAN, STD = torch.tensor([0.5, 0.4, 0.3]), torch.tensor([0.25, 0.3, 0.2])
@@ -44,16 +45,6 @@ def write(path, x=None, y=None, **changes):
     y = draw(len(x), 5, seed=1) if y is None else y
     save_distilled(path, x, y, MEAN, STD, **FACTS | changes)
     return x, y
-
-
-def refuse(call, *words):
-    """Asserts a one-line UserError with these words."""
-    with pytest.raises(UserError) as caught:
-        call()
-    line = str(caught.value)
-    assert "\n" not in line
-    for word in words:
-        assert word in line, line
 
 
 # ------------------------------------------------------------------------------------------------------------- the file

@@ -13,6 +13,7 @@ import urllib.error
 import pytest
 import torch
 import torchvision
+from conftest import refuse
 from safetensors.torch import save_file
 from torch import nn
 
@@ -30,7 +31,6 @@ from common.pretrain import (
     projector,
     train_teacher,
 )
-from common.run import UserError
 
 F64 = torch.float64
 CPU = torch.device("cpu")
@@ -66,17 +66,6 @@ def colour():
     x = torch.randint(0, 256, (12, 3, 32, 32), generator=gen(), dtype=torch.uint8)
     mean, std = torch.tensor([0.5, 0.4, 0.3]), torch.tensor([0.25, 0.3, 0.2])
     return common.data.Data("colour", x, None, x[:4], None, [], mean, std, "none", "c" * 64, True)
-
-
-def refuse(call, *words):
-    """Asserts a one-line UserError with these words; returns the line."""
-    with pytest.raises(UserError) as caught:
-        call()
-    line = str(caught.value)
-    assert "\n" not in line
-    for word in words:
-        assert word in line, line
-    return line
 
 
 def same(a, b):

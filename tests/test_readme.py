@@ -16,6 +16,10 @@ def percent(metric: dict | None) -> str:
     return "-" if metric is None else f"{100 * metric['mean']:.1f} ± {100 * metric['std']:.1f}"
 
 
+def error(metric: dict) -> str:
+    return f"{metric['mean']:.3f} ± {metric['std']:.3f}"
+
+
 def signed(metric: dict) -> str:
     return f"{100 * metric['mean']:+.1f} ± {100 * metric['se']:.1f}"
 
@@ -32,10 +36,7 @@ def digits_table() -> str:
     ]
     for path in sorted((REPO / "tests/results/krr_st").glob("digits_*.json")):
         r = json.loads(path.read_text())
-        cells = [
-            f"{r['eval'][row]['match']['mean']:.3f} ± {r['eval'][row]['match']['std']:.3f}"
-            for row in ("random_real", "distilled")
-        ]
+        cells = [error(r["eval"][row]["match"]) for row in ("random_real", "distilled")]
         gains = [signed(r["distilled_minus_random_real"][m]) for m in ("few_5", "few_1")]
         lines.append(f"| {r['num_images']} | {r['seed']} | " + " | ".join(cells + gains) + f" | {r['seconds']:.0f} |")
     return "\n".join(lines)
@@ -46,7 +47,7 @@ def rows_table(name: str) -> str:
     r = result(name)
     lines = ["| | match error | probe | 5 a class | 1 a class | fine-tuned |", "|---|---|---|---|---|---|"]
     for row, metrics in r["eval"].items():
-        match = f"{metrics['match']['mean']:.3f} ± {metrics['match']['std']:.3f}" if "match" in metrics else "-"
+        match = error(metrics["match"]) if "match" in metrics else "-"
         cells = [match, *(percent(metrics.get(m)) for m in ("probe", "few_5", "few_1", "finetune"))]
         lines.append(f"| {WORDS.get(row, row)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -60,10 +61,7 @@ def overview_table() -> str:
     ]
     for name, words in (("digits_n010_seed0", "digits"), ("cifar100_n100_reduced", "CIFAR-100, reduced")):
         r = result(name + ".json")
-        cells = [
-            f"{r['eval'][row]['match']['mean']:.3f} ± {r['eval'][row]['match']['std']:.3f}"
-            for row in ("random_real", "distilled")
-        ]
+        cells = [error(r["eval"][row]["match"]) for row in ("random_real", "distilled")]
         cost = f"{r['seconds'] / 60:.1f} min | {r['peak_memory_bytes'] / 1e9:.1f} GB"
         lines.append(f"| [KRR-ST](#krr_st) | {words} | {r['num_images']} | {cells[0]} | {cells[1]} | {cost} |")
     return "\n".join(lines)

@@ -221,7 +221,7 @@ def test_grid_shows_pixels_clamped_and_enlarged_without_smoothing(tmp_path, scri
     run = Run(str(script), Args(str(tmp_path / "runs")), "digits", "hash")
     x = torch.tensor([[[[0.0, 0.5], [2.0, -1.0]]]]).repeat(2, 1, 1, 1)
     for step in range(0, 31):
-        run.grid(step, 30, x)
+        run.grid(step, 30, lambda: x)
     assert sorted(p.name for p in run.folder.glob("grid_*.png")) == [f"grid_{s:06d}.png" for s in (0, 1, 10, 30)]
     pixels = np.asarray(Image.open(run.file("grid_000000.png")).convert("L"))
     inside = pixels[12:60, 12:60]  # 24 pixels a pixel, 12 of padding
