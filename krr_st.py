@@ -6,7 +6,7 @@ Lee, Lee, Ko, Kawaguchi, Lee and Hwang 2024, arXiv:2310.06511. Departures, resul
     python krr_st.py                       # bundled digits, teacher and evaluation included: two minutes on a CPU
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
@@ -16,20 +16,34 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kernels
-from common.artefact import load_distilled, save_distilled
-from common.augment import crop_flip
-from common.data import NAMED, denormalise, describe, load, normalise
-from common.evaluate import Protocol, evaluate_pairs, paired, table
-from common.models import ConvNet, convnet_depth
-from common.pretrain import load_teacher, train_teacher
-from common.run import Run, UserError, cli, fill, pick_device, preset_name, rng, seeded, write_json
+from common.artefact import Distilled, load_distilled, save_distilled
+from common.augment import draw_variants, gather, resident
+from common.data import Data, denormalise, describe, hold_out, load, normalise
+from common.evaluate import Protocol, evaluate_pairs, paired, predict_seconds, table
+from common.models import ConvNet, convnet_depth, features_chunked, resnet_dim
+from common.pretrain import AugmentedTargets, load_teacher, train_teacher
+from common.run import (
+    Run,
+    UserError,
+    available_memory,
+    check_memory,
+    cli,
+    fill,
+    pick_device,
+    preset_name,
+    rng,
+    saved_bytes,
+    seeded,
+    write_json,
+)  # fmt: skip
 
 
 @dataclass
 class Args:
     # the run: word for word the same in all five scripts
     data: str = "digits"
-    """data set name (digits, mnist, fashion_mnist, cifar10, cifar100), or a folder: train/<class>/* and test/<class>/*,
+    """data set name (digits, mnist, fashion_mnist, cifar10, cifar100, svhn, stl10, tiny_imagenet, imagenette,
+    imagewoof, imagenet, flowers, aircraft, cars, cub200, dogs), or a folder: train/<class>/* and test/<class>/*,
     <class>/*, or unlabelled images"""
     data_dir: str = "data"
     """where public sets are downloaded to and decoded folders are cached"""
@@ -43,6 +57,11 @@ class Args:
     """share held out as test images of a folder without a test split"""
     split_seed: int = 0
     """seed of that split, apart from --seed so that all seeds share one split and one teacher"""
+    holdout: float = 0.0
+    """share of the training images kept out of distillation, on which the curve of --eval-every is measured; 0: on the
+    test images"""
+    skip_bad_images: bool = False
+    """leave out images that cannot be read, and count them, instead of stopping at the first"""
     preset: str | None = None
     """whose defaults to take; None: the set's own name, folders by image size (8px, 16px, 48px, 96px: from there on)"""
     out_dir: str = "runs"
@@ -61,6 +80,12 @@ class Args:
     """steps between log points (TensorBoard, progress bar, check for non-finite values)"""
     save_every: int | None = None
     """steps between checkpoints; None: from the preset"""
+    save_minutes: float = 10.0
+    """minutes between checkpoints, beside --save-every; 0: only by steps"""
+    cache_gb: float = 4.0
+    """memory for what is computed once and used again: augmented targets, the linear probe's features"""
+    chunk: int | None = None
+    """distilled images per pass of the outer gradient (exact, one more forward pass); None: all that fit the memory"""
 
     # the method
     num_images: int | None = None
@@ -89,6 +114,10 @@ class Args:
     """space the initial images are put in: the networks' input, or raw pixels in [0, 1] as the released code does"""
     outer_aug: Literal["none", "crop_flip"] = "none"
     """of the real batch: none (first upload; targets computed once) or zero-pad, crop and flip (last upload)"""
+    cache_precision: Literal["fp32", "bf16"] = "fp32"
+    """of the augmented targets, which are kept per image, shift and flip up to --cache-gb; bf16 keeps twice as many"""
+    cache_device: Literal["same", "cpu"] = "same"
+    """where they are kept: on the run's device, or in the machine's memory"""
     widths: tuple[int, ...] | None = None
     """channels of the ConvNet's blocks, for instance 128 256 512; None: from the preset"""
     norm: Literal["batch", "instance", "none"] = "batch"
@@ -137,7 +166,7 @@ class Args:
     eval_runs: int = 5
     """fresh networks per row of the table"""
     eval_every: int = 0
-    """outer steps between evaluations of the distilled set, as a curve; 0: only at the end"""
+    """outer steps between evaluations of the distilled set, as a curve that says when it is flat; 0: only at the end"""
     eval_epochs: int = 1000
     """epochs of pretraining on the pairs (batch 256, SGD 0.1, momentum 0.9, weight decay 1e-3)"""
     eval_probe_steps: int | None = None
@@ -296,6 +325,29 @@ class Pool:
         self.ages, self.births = state["ages"], state["births"]
 
 
+def memory_needs(make_net, data: Data, dim: int, args: Args) -> tuple[int, dict[str, dict[str, int]]]:
+    """Bytes of one distilled image's outer pass, and {phase: {flag: bytes}} of all the rest: see check_memory."""
+    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
+    with torch.device("meta"):  # shapes alone
+        net, x = make_net().to(dtype), torch.zeros(4, data.channels, data.size, data.size, dtype=dtype)
+    train, outer = saved_bytes(net, x) // 4, saved_bytes(net.frozen(), x.clone().requires_grad_()) // 4
+    n_train, n_s, n_t, d = len(data.x_train), args.num_images, args.batch_real, net.dim + 1
+    width, ridge = 8 if args.ridge_precision != "fp32" else 4, min(n_s, d)
+    parameters = 4 * sum(p.numel() for p in net.parameters())
+    common = {"--pool": args.pool * parameters * (2 if args.pool_opt == "sgd" else 3), "--data": 4 * n_train * dim}
+    loop = {
+        "--batch-real": n_t * (outer + width * 2 * d),
+        "--num-images": int(1.3 * n_s * train) + width * (n_s * 3 * d + 2 * ridge**2),
+        "--cache-gb": int(args.cache_gb * 1e9) if args.outer_aug == "crop_flip" else 0,
+    }
+    features = 4 * n_train * net.dim
+    evaluation = {
+        "--num-images": int(1.3 * min(n_s, 256) * train),
+        "--cache-gb": features if features <= args.cache_gb * 1e9 else 0,
+    }
+    return outer, {"outer loop": common | loop, "evaluation": common | evaluation}
+
+
 def main(args: Args) -> dict:
     # data
     device = pick_device(args.device)
@@ -307,14 +359,20 @@ def main(args: Args) -> dict:
         channels=args.channels,
         test_fraction=args.test_fraction,
         seed=args.split_seed,
+        skip_bad_images=args.skip_bad_images,
     )
-    named = args.data in NAMED and data.resize == "none"
-    preset = preset_name(PRESETS, args.preset, data.name, named, data.size)
+    if not 0 <= args.holdout < 1:
+        raise UserError(f"--holdout {args.holdout}: give a share of the training images, for instance 0.1")
+    data, curve_data = hold_out(data, args.holdout, args.split_seed) if args.holdout else (data, data)
+    preset = preset_name(PRESETS, args.preset, data.name, data.native, data.size)
     args = fill(args, PRESETS[preset])
     for flag in ("steps", "batch_real", "save_every", "log_every", "pool", "max_age", "eval_runs", "eval_epochs",
-                 "teacher_width", "teacher_epochs", "teacher_batch", "teacher_projector"):  # fmt: skip
-        if getattr(args, flag) < 1:
+                 "teacher_width", "teacher_epochs", "teacher_batch", "teacher_projector", "chunk"):  # fmt: skip
+        if getattr(args, flag) is not None and getattr(args, flag) < 1:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be at least 1")
+    for flag in ("cache_gb", "save_minutes"):
+        if getattr(args, flag) < 0:
+            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must not be negative")
     if data.size < 4:
         raise UserError(f"--size {data.size}: must be at least 4, the network halves it {len(args.widths)} times")
     if not 1 <= args.num_images <= len(data.x_train):
@@ -324,6 +382,19 @@ def main(args: Args) -> dict:
     if args.teacher == "file":
         raise UserError(f"preset {preset} takes a published teacher: --teacher FILE, torchvision:resnet50 or train")
     print(f"data: {describe(data)}; preset {preset}")
+    teacher = None if args.teacher == "train" else load_teacher(args.teacher, data, device, args.stem_padding)
+    dim = teacher.dim if teacher else resnet_dim(args.teacher_arch, args.teacher_width)  # c, of the targets
+
+    def make_net() -> ConvNet:
+        return ConvNet(data.channels, data.size, dim, args.widths, args.norm)
+
+    per_image, phases = memory_needs(make_net, data, dim, args)
+    if args.chunk is None:
+        free = available_memory(device) or 1 << 62
+        rest = sum(phases["outer loop"].values())
+        args = replace(args, chunk=max(1, min(args.num_images, (free - rest) // per_image)))
+    phases["outer loop"]["--chunk"] = args.chunk * per_image
+    check_memory(phases, device)
     run = Run(__file__, args, data.name, data.content)
     args = run.args
     backend = kernels.describe(args.ridge_precision, device)
@@ -331,7 +402,7 @@ def main(args: Args) -> dict:
     mean, std = data.mean.to(device), data.std.to(device)
 
     # teacher
-    if args.teacher == "train":
+    if teacher is None:
         teacher = train_teacher(
             data,
             Path(args.out_dir) / "teachers",
@@ -347,13 +418,15 @@ def main(args: Args) -> dict:
             crop_min=args.teacher_crop_min,
             seed=args.teacher_seed,
             precision=args.precision,
+            save_minutes=args.save_minutes,
         )
-    else:
-        teacher = load_teacher(args.teacher, data, device, args.stem_padding)
     teacher.net.to(device)
     # the targets of un-augmented images never change: computed once, never in the loop
     targets_train = teacher.cached_targets(data.x_train, data.content, "train", device)  # (N, c)
     targets_test = teacher.cached_targets(data.x_test, data.content, "test", device)
+    targets_curve = targets_test
+    if args.holdout:
+        targets_curve = teacher.cached_targets(curve_data.x_test, curve_data.content, "held", device)
     run.check("teacher's features", targets_train[:8])
     of_mean = float((targets_train - targets_train.mean(0)).square().mean())  # loss of predicting the mean
 
@@ -373,9 +446,6 @@ def main(args: Args) -> dict:
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 1 - (1 - args.lr_end) * t / args.steps)
 
     # networks
-    def make_net() -> ConvNet:
-        return ConvNet(data.channels, data.size, teacher.dim, args.widths, args.norm)
-
     pool = Pool(make_net, device, args)
     curve = []
     if run.state:
@@ -398,12 +468,21 @@ def main(args: Args) -> dict:
         probe_steps=args.eval_probe_steps,
         finetune_steps=args.eval_finetune_steps,
     )
+    rows = ("teacher",) if data.labelled else ()
+    rows += ("none", "random_real", "distilled") + (("all_real",) if args.full_row else ())
+    clock = (make_net, data, args.num_images, dim, device, recipe, args.cache_gb)
+    seconds_all, seconds_curve = predict_seconds(*clock, rows), predict_seconds(*clock, ("distilled",))
+
+    def seconds_later(done: int) -> float:
+        """Of the evaluations that are still to come after `done` steps."""
+        points = (args.steps - 1) // args.eval_every - done // args.eval_every if args.eval_every else 0
+        return seconds_all + points * seconds_curve
 
     def pixels() -> Tensor:
         return denormalise(x_s.detach(), mean, std)
 
-    def evaluate(step: int, rows: tuple[str, ...]) -> dict:
-        """Save the set, load it again, and score what was loaded."""
+    def save(step: int) -> Distilled:
+        """Save the set and load it again: what is scored is what was saved."""
         save_distilled(
             run.file("distilled.safetensors"),
             pixels(),
@@ -421,29 +500,39 @@ def main(args: Args) -> dict:
             recipe=vars(recipe),
             teacher=teacher.info | dict(name=teacher.name),
         )
-        distilled = load_distilled(run.file("distilled.safetensors"), run.name)
-        return evaluate_pairs(distilled, data, targets_train, targets_test, make_net, device, recipe, args.seed, rows)
+        return load_distilled(run.file("distilled.safetensors"), run.name)
 
     # outer loop
+    x_train = resident(data.x_train, device, spare=2 << 30)  # (N, C, H, W) uint8
+    y_train = resident(targets_train, device, spare=2 << 30)  # (N, c)
+    augmented = None
+    if args.outer_aug == "crop_flip":  # departure 3: an option here, the default of the last upload
+        kept = device if args.cache_device == "same" else torch.device("cpu")
+        augmented = AugmentedTargets(
+            teacher, x_train, data.flip, device,
+            gigabytes=args.cache_gb, precision=args.cache_precision, cache_device=kept,
+        )  # fmt: skip
+        print(augmented.describe())
     if run.start == 0:
         run.grid(0, args.steps, pixels)
-    for step in run.steps(args.steps):
+    for step in run.steps(args.steps, seconds_later):
         slot = int(torch.randint(args.pool, (), generator=rng("slot", args.seed, step)))
-        net = pool.nets[slot].eval()  # BatchNorm uses statistics gathered from the distilled images
-        index = batch_index(step, len(data.x_train), args.batch_real, args.seed)
-        x_t = data.x_train[index].to(device)
-        if args.outer_aug == "crop_flip":  # departure 3: an option here, the default of the last upload
-            x_t = crop_flip(x_t, rng("crop flip", args.seed, step), data.flip)
-            y_t = teacher.targets(x_t, device).to(device)
-        else:
-            y_t = targets_train[index].to(device)  # (n_t, c)
+        # eval mode, folded: BatchNorm uses statistics gathered from the distilled images; the weights get no gradient
+        features = pool.nets[slot].frozen()
+        index = batch_index(step, len(x_train), args.batch_real, args.seed)
+        variant = None  # shift and flip of each image
+        if augmented:
+            variant = draw_variants(len(index), data.size, data.flip, rng("crop flip", args.seed, step))
+        y_t = augmented(index, variant) if augmented else y_train[index].to(device)  # (n_t, c)
+        x_t = normalise(gather(x_train, index, variant, data.flip).to(device), mean, std)  # (n_t, C, H, W)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-            with torch.no_grad():
-                f_t = phi(net.features(normalise(x_t, mean, std)).float())  # (n_t, d + 1)
-            f_s = phi(net.features(x_s).float())  # (n_s, d + 1)
+            with torch.inference_mode():
+                f_t = features(x_t)
+            f_s = features_chunked(features, x_s, args.chunk)
+        f_t, f_s = phi(f_t.float()), phi(f_s.float())  # (n_t, d + 1), (n_s, d + 1)
         lam = ridge_lam(f_s, args.ridge, args.ridge_scale, args.ridge_grad)
         loss = krr_st_loss(f_t, y_t, f_s, y_s, lam, args.ridge_precision)
-        x_s.grad, y_s.grad = torch.autograd.grad(loss, [x_s, y_s])  # the network's weights get no gradient here
+        x_s.grad, y_s.grad = torch.autograd.grad(loss, [x_s, y_s])
         if args.grad_clip:
             for tensor in (x_s, y_s):
                 torch.nn.utils.clip_grad_norm_([tensor], args.grad_clip)
@@ -453,25 +542,36 @@ def main(args: Args) -> dict:
         pool.grow(slot, x_s.detach(), y_s.detach())
 
         done = step + 1
-        saving = done % args.save_every == 0 or done == args.steps
-        if done % args.log_every == 0 or saving or done == 1:
+        logging = done % args.log_every == 0 or done in (1, args.steps)
+        saving = run.due(done, args.save_every)
+        if logging or saving:
             kernels.raise_if_failed(done)
             relative = float(loss.detach()) / of_mean
             scalars = {"loss": relative, "mse": relative * of_mean, "lam": float(lam.detach())}
-            run.log(done, scalars | {"age": age, "lr_img": lr_img}, f"n_s {len(x_s)}, d {f_s.shape[1]}")
+            run.check_finite(done, scalars, f"n_s {len(x_s)}, d {f_s.shape[1]}")
+            if logging:
+                hits = {"target_cache_hits": augmented.hit_rate()} if augmented else {}
+                run.log(done, scalars | {"age": age, "lr_img": lr_img} | hits)
         run.grid(done, args.steps, pixels)
         if args.eval_every and done % args.eval_every == 0 and done < args.steps:
-            scores = evaluate(done, ("distilled",))["distilled"]
+            with run.aside():
+                scores = evaluate_pairs(
+                    save(done), curve_data, targets_train, targets_curve, make_net, device, recipe, args.seed,
+                    ("distilled",), args.cache_gb,
+                )["distilled"]  # fmt: skip
             curve.append({"step": done, **scores})
             run.log_evaluation(done, {f"eval/{key}": value["mean"] for key, value in scores.items()})
+            run.plateau(curve, "match")
         if saving:
             checkpoint(done)
 
     # evaluation
-    rows = ("teacher",) if data.labelled else ()
-    rows += ("none", "random_real", "distilled") + (("all_real",) if args.full_row else ())
-    scores = evaluate(args.steps, rows)
-    curve.append({"step": args.steps, **scores["distilled"]})
+    scores = evaluate_pairs(
+        save(args.steps), data, targets_train, targets_test, make_net, device, recipe, args.seed,
+        rows, args.cache_gb, run.file("evaluation.json"),
+    )  # fmt: skip
+    if not args.holdout:  # else the curve is of other images than the table
+        curve.append({"step": args.steps, **scores["distilled"]})
     differences = {m: paired(scores, "distilled", "random_real", m) for m in scores["distilled"]}
     caption = (
         f"{data.name}, {args.num_images} pairs, step {args.steps}, seed {args.seed}: mean ± sample std over "
@@ -493,6 +593,8 @@ def main(args: Args) -> dict:
         distilled_minus_random_real=differences,
         protocol=vars(recipe),
         backend=backend,
+        images_skipped=data.skipped,
+        target_cache=dict(hits=augmented.hits, misses=augmented.misses) if augmented else None,
         storage_bytes=load_distilled(run.file("distilled.safetensors")).meta["storage_bytes"],
     )
 

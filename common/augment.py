@@ -1,7 +1,7 @@
 """Image augmentation for whole batches on the device: crops and flips, and the two views of self-supervised training.
 
-Every random number comes from the CPU generator that is passed in, so a run is the same on every device. Boxes and
-shifts become one sampling grid: no loop over images, no synchronisation.
+Every random number comes from the CPU generator that is passed in, so a run is the same on every device. Shifts become
+one gather and boxes one sampling grid: no loop over images, no synchronisation.
 """
 
 import torch
@@ -18,22 +18,66 @@ def crop_pad(size: int) -> int:
     return 4 if size >= 28 else max(1, size // 8)
 
 
+def num_variants(size: int, flip: bool, pad: int | None = None) -> int:
+    """Ways to crop and mirror an image: (2 pad + 1)^2 shifts, twice as many with `flip`; 162 at 32 px."""
+    pad = crop_pad(size) if pad is None else pad
+    return (2 * pad + 1) ** 2 * (2 if flip else 1)
+
+
+def draw_variants(n: int, size: int, flip: bool, generator: torch.Generator, pad: int | None = None) -> Tensor:
+    """Numbers of n random crops, each of num_variants(size, flip, pad) alike: (n,) int64 on the CPU.
+
+    With shifts dy, dx in 0 .. 2 pad, where pad is the middle: (dy (2 pad + 1) + dx), with `flip` times 2, plus 1 for a
+    mirrored image.
+    """
+    pad = crop_pad(size) if pad is None else pad
+    dy, dx = torch.randint(0, 2 * pad + 1, (2, n, 1), generator=generator)
+    variant = dy * (2 * pad + 1) + dx
+    if flip:
+        variant = variant * 2 + (torch.rand(n, 1, generator=generator) < 0.5)
+    return variant[:, 0]
+
+
+def gather(
+    pixels: Tensor, index: Tensor, variant: Tensor | None = None, flip: bool = False, pad: int | None = None
+) -> Tensor:
+    """The images pixels[index], each zero-padded, cropped and mirrored as its variant says (None: as they are).
+
+    pixels: (N, C, H, W), memory-mapped or on a device; index, variant: (B,), moved there; returns (B, C, H, W) of the
+    same dtype. Only the batch is padded, never the set.
+    """
+    x = pixels[index.to(pixels.device)]
+    if variant is None:
+        return x
+    _, channels, height, width = x.shape
+    pad = crop_pad(height) if pad is None else pad
+    shift, columns = variant.to(x.device)[:, None], torch.arange(width, device=x.device)
+    if flip:
+        shift, mirrored = shift // 2, shift % 2 == 1
+        columns = torch.where(mirrored, columns.flip(0), columns)
+    rows = torch.arange(height, device=x.device) + shift // (2 * pad + 1)  # (B, H)
+    columns = columns + shift % (2 * pad + 1)  # (B, W)
+    flat = rows[:, :, None] * (width + 2 * pad) + columns[:, None]  # (B, H, W), places in the padded image
+    padded = F.pad(x, (pad, pad, pad, pad)).flatten(2)
+    return padded.gather(2, flat.flatten(1)[:, None].expand(-1, channels, -1)).view_as(x)
+
+
 def crop_flip(x: Tensor, generator: torch.Generator, flip: bool, pad: int | None = None) -> Tensor:
     """Zero-pad, crop each image at its own shift, mirror each with chance 1/2 (if `flip`).
 
-    x: (N, C, H, W), pixels or normalised; returns the same shape. One gather for the whole batch.
+    x: (N, C, H, W), pixels or normalised; returns the same shape.
     """
-    n, _, height, width = x.shape
-    pad = crop_pad(height) if pad is None else pad
-    shift = torch.randint(0, 2 * pad + 1, (2, n, 1), generator=generator).to(x.device)
-    rows = torch.arange(height, device=x.device) + shift[0]  # (N, H)
-    columns = torch.arange(width, device=x.device) + shift[1]  # (N, W)
-    if flip:
-        mirrored = torch.rand(n, 1, generator=generator).to(x.device) < 0.5
-        columns = torch.where(mirrored, columns.flip(1), columns)
-    padded = F.pad(x, (pad, pad, pad, pad))
-    index = torch.arange(n, device=x.device)
-    return padded[index[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    variant = draw_variants(len(x), x.shape[2], flip, generator, pad)
+    return gather(x, torch.arange(len(x)), variant, flip, pad)
+
+
+def resident(x: Tensor, device: torch.device, spare: int) -> Tensor:
+    """The uint8 set on the device if that leaves `spare` bytes free, else as it is: then batches are moved instead."""
+    if device.type == "cuda":
+        room = torch.cuda.mem_get_info(device)[0] - spare
+    else:
+        room = 0 if device.type == "cpu" else 2**30  # others share their memory with the system and do not tell
+    return x.to(device) if x.nbytes <= room else x
 
 
 # ------------------------------------------------------------------------------------ views of self-supervised training

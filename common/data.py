@@ -9,18 +9,19 @@ A folder is read in one of three layouts; hidden files, and files that are no im
     <class>/*                             split by class with a seed; loose images beside the classes are ignored
     *                                     images without labels, split likewise
 
-Its images are decoded once into <data_dir>/cache/<name>-<key>.u8, one uint8 array, and mapped from there. The key
+A named set is what common/sets.py reads, in colour throughout where its images come as files (a few of them are grey).
+Image files are decoded once into <data_dir>/cache/<name>-<key>.u8, one uint8 array, and mapped from there. The key
 covers every file's path, size and time and every option that changes a pixel, so a later start only lists files. Old
 entries are never deleted; the cache folder may be emptied at any time.
 """
 
+import dataclasses
 import difflib
 import hashlib
 import json
 import math
 import os
 import re
-import socket
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -33,19 +34,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common.run import UserError, rng, write_atomic
+from common.sets import NAMED, NO_FLIP, NORMALISATION, read, reason_of
 
-NAMED = {  # name -> class in torchvision.datasets; digits come with scikit-learn
-    "digits": None, "mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10", "cifar100": "CIFAR100",
-}  # fmt: skip
-# Mean and std of the training pixels in [0, 1] at the set's own size, as published code has them, so that published
-# networks fit. Every other set, and a named set at another size, is measured (the std shrinks with the image).
-NORMALISATION = {
-    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),  # KRR-ST's code, 32 px
-    "cifar100": ((0.5071, 0.4866, 0.4409), (0.2673, 0.2564, 0.2762)),  # KRR-ST's code, 32 px
-    "mnist": ((0.1307,), (0.3081,)),  # PyTorch's MNIST example, 28 px
-    "fashion_mnist": ((0.2860,), (0.3530,)),  # the values in common use, 28 px
-}
-NO_FLIP = {"digits", "mnist", "svhn"}  # a mirrored digit is another thing
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
 VERSION = 1  # of the cache; raise it when the same files would decode to other pixels
 CHUNK = 32 << 20  # bytes decoded, hashed and written at a time
@@ -66,6 +56,8 @@ class Data:
     resize: str  # the rule that made the images: "squash", "crop" or "none"
     content: str  # sha256 over pixels, labels, class names and the split: what teachers and checkpoints are keyed by
     flip: bool  # whether a mirrored image is still the same thing
+    native: bool = False  # a named set at its own or its default size: what presets are made for
+    skipped: int = 0  # images left out because they cannot be read
 
     size = property(lambda self: self.x_train.shape[-1])
     channels = property(lambda self: self.x_train.shape[1])
@@ -76,13 +68,15 @@ class Data:
 def load(
     name: str, *, data_dir: str | Path = "data", size: int | None = None, resize: str = "squash",
     test_fraction: float = 0.2, seed: int = 0, channels: str = "auto", labelled: bool = False,
+    skip_bad_images: bool = False,
 ) -> Data:  # fmt: skip
     """Load a named set or a folder (a folder that is named like a set: write ./name).
 
-    size: pixels of a side; None keeps the images' own if they all share one square size. resize: "squash" goes straight
-    to a square (Lanczos, the published way for fine-grained sets); "crop" scales the shorter side, then cuts the
-    centre. test_fraction, seed: the split of a folder without a test part. channels: "auto" keeps grey folders at one
-    channel; "rgb" and "grey" convert. labelled: the method needs labels of at least two classes.
+    size: pixels of a side; None takes a named set's default (NAMED[name].size) and keeps a folder's own if its images
+    all share one square size. resize: "squash" goes straight to a square (Lanczos, the published way for fine-grained
+    sets); "crop" scales the shorter side, then cuts the centre. test_fraction, seed: the split of a folder without a
+    test part. channels: "auto" keeps grey sets and grey folders at one channel; "rgb" and "grey" convert. labelled: the
+    method needs labels of at least two classes. skip_bad_images: leave out, and count, what is no whole image.
 
     Raises UserError for anything wrong with the name, the options, the folder or an image in it.
     """
@@ -93,16 +87,23 @@ def load(
             raise UserError(f"{value!r}: not one of {', '.join(choices)}; give one of these")
     root, cache = Path(name), Path(data_dir) / "cache"
     safe = name if name in NAMED else re.sub(r"[^\w.-]+", "_", root.resolve().name).strip("._") or "folder"
+    native = name in NAMED and size in (None, NAMED[name].size)
+    if native:
+        size = None if NAMED[name].square else NAMED[name].size
     rule = "none" if size is None else resize
+    own = "rgb"  # the channels of a named set
     convert = True  # whether the pixels come from the cache
     if name in NAMED:
-        images, labels, n_train, class_names = _named(name, Path(data_dir))  # (N, H, W) or (N, H, W, 3) uint8
-        x = np.ascontiguousarray(images[:, None] if images.ndim == 3 else images.transpose(0, 3, 1, 2))
-        meta = _measure(_chunks(x), x.shape, labels, n_train, class_names) | {"resize": "none"}
-        convert = size not in (None, x.shape[-1]) or channels not in ("auto", {1: "grey", 3: "rgb"}[x.shape[1]])
-        if name in NORMALISATION:  # of use at this size only: a conversion measures again
-            meta["mean"], meta["std"] = NORMALISATION[name]
-        key = meta["content"]
+        images, labels, n_train, class_names = read(name, Path(data_dir))
+        if isinstance(images, np.ndarray):  # (N, H, W) or (N, H, W, 3) uint8
+            x = np.ascontiguousarray(images[:, None] if images.ndim == 3 else images.transpose(0, 3, 1, 2))
+            own = "grey" if x.shape[1] == 1 else "rgb"
+            meta = _measure(_chunks(x), x.shape, labels, n_train, class_names) | {"resize": "none"}
+            convert = size is not None or channels not in ("auto", own)
+            key = meta["content"]
+        else:  # paths; labels and names come from other files, which may change by themselves
+            key = _sha256(_stat_key(images, Path(data_dir)), labels, class_names)
+        channels = own if channels == "auto" else channels
     elif root.is_dir():
         images, labels, n_train, class_names = _folder(root, cache, test_fraction, seed)  # images: paths
         if labelled and len(class_names) < 2:
@@ -113,17 +114,51 @@ def load(
         near = difflib.get_close_matches(name.lower(), NAMED, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise UserError(f"--data {name}: no such folder, and not one of {', '.join(NAMED)}{hint} (a folder path works)")
+    skipped = []
     if convert:
-        key = hashlib.sha256(json.dumps([VERSION, key, n_train, size, rule, channels]).encode()).hexdigest()[:16]
-        x, meta = _cached(cache / f"{safe}-{key}", images, labels, n_train, class_names, size, rule, channels)
+        key = _sha256(VERSION, key, n_train, size, rule, channels, *["skip"] * skip_bad_images)
+        stem = cache / f"{safe}-{key[:16]}"
+        x, meta = _cached(stem, images, labels, n_train, class_names, size, rule, channels, skip_bad_images)
+        labels, n_train, skipped = meta["labels"], meta["n_train"], meta.get("skipped", [])
+    if skipped:
+        some = ", ".join(images[i] for i in skipped[:3]) + (", ..." if len(skipped) > 3 else "")
+        print(f"data: left out {len(skipped)} of {len(images)} images, which cannot be read: {some}")
+    mean, std = meta["mean"], meta["std"]
+    if meta["resize"] != "crop" and channels == own:
+        mean, std = NORMALISATION.get((name, x.shape[-1]), (mean, std))
     x = torch.from_numpy(x)
     y_train = y_test = None
     if labels is not None:
         y_train, y_test = (torch.tensor(part, dtype=torch.int64) for part in (labels[:n_train], labels[n_train:]))
-    mean, std = (torch.tensor(meta[key], dtype=torch.float32) for key in ("mean", "std"))
+    mean, std = (torch.tensor(value, dtype=torch.float32) for value in (mean, std))
     flip = safe.lower() not in NO_FLIP  # by a folder's name too: a wrong flip harms, a missing one hardly
     return Data(safe, x[:n_train], y_train, x[n_train:], y_test, class_names, mean, std,
-                meta["resize"], meta["content"], flip)  # fmt: skip
+                meta["resize"], meta["content"], flip, native, len(skipped))  # fmt: skip
+
+
+def hold_out(data: Data, fraction: float, seed: int) -> tuple[Data, Data]:
+    """Take a share of the training images away from distillation, drawn per class where there are labels.
+
+    Returns (the remaining training images with the old test images, the same with the held-out images as the test).
+    Both parts are copies in memory, in the old order. Mean and std stay those of `data`; `content` also covers fraction
+    and seed, so that teachers and checkpoints are keyed apart. Every class keeps a training image. Raises UserError for
+    a fraction outside 0..1, or if no class can spare an image.
+    """
+    if not 0 < fraction < 1:
+        raise UserError(f"held-out fraction {fraction}: give a number between 0 and 1, for instance 0.1")
+    groups = torch.zeros(len(data.x_train), dtype=torch.int64) if data.y_train is None else data.y_train
+    held = torch.zeros(len(groups), dtype=torch.bool)
+    for group in groups.unique():
+        of_class = (groups == group).nonzero()[:, 0]
+        n = min(int(fraction * len(of_class) + 0.5), len(of_class) - 1)
+        held[of_class[torch.randperm(len(of_class), generator=rng("hold out", seed, int(group)))[:n]]] = True
+    if not held.any():
+        raise UserError(f"held-out fraction {fraction}: too few training images ({len(held)}) to spare any of a class; "
+                        "give a larger fraction")  # fmt: skip
+    content = _sha256(data.content, "hold out", float(fraction), seed)
+    y_train, y_held = (None, None) if data.y_train is None else (data.y_train[~held], data.y_train[held])
+    rest = dataclasses.replace(data, x_train=data.x_train[~held], y_train=y_train, content=content)
+    return rest, dataclasses.replace(rest, x_test=data.x_train[held], y_test=y_held)
 
 
 def normalise(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
@@ -141,40 +176,12 @@ def describe(data: Data) -> str:
     """One line for the start of a log."""
     colour = "1 channel" if data.channels == 1 else f"{data.channels} channels"
     classes = f"{data.num_classes} classes" if data.labelled else "no labels"
+    skipped = f", {data.skipped} unreadable left out" if data.skipped else ""
     return (f"{data.name}: {len(data.x_train)} train, {len(data.x_test)} test, {data.size} px, {colour}, {classes}, "
-            f"resize {data.resize}, content {data.content[:8]}")  # fmt: skip
+            f"resize {data.resize}, content {data.content[:8]}{skipped}")  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------- what there is, in an order
-
-
-def _named(name: str, data_dir: Path) -> tuple[np.ndarray, list[int], int, list[str]]:
-    """(images uint8 (N, H, W) or (N, H, W, 3), train first; labels; number of train images; class names).
-
-    torchvision's sets are downloaded into data_dir on first use and need no network later. Raises UserError if not.
-    """
-    if name == "digits":
-        from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
-
-        x, y = load_digits(return_X_y=True)  # 1797 images 8x8 of 0..16
-        order = np.concatenate(train_test_split(np.arange(1797), test_size=360, stratify=y, random_state=0))
-        images = np.rint(x[order].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
-        return images, y[order].tolist(), 1437, [str(digit) for digit in range(10)]
-    import torchvision
-
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(20)  # seconds without an answer; torchvision itself would wait for ever
-    try:
-        make = getattr(torchvision.datasets, NAMED[name])
-        train, test = (make(str(data_dir), train=part, download=True) for part in (True, False))
-    except Exception as error:  # a download fails in many ways: no network, a changed address, a broken archive
-        raise UserError(f"could not fetch {name} into {data_dir} ({_reason(error)}): connect to the network once, or "
-                        "point --data at a folder with train/<class>/* and test/<class>/*") from error  # fmt: skip
-    finally:
-        socket.setdefaulttimeout(timeout)
-    images = np.concatenate([np.asarray(train.data), np.asarray(test.data)])
-    return images, [int(y) for part in (train, test) for y in part.targets], len(train.targets), list(train.classes)
 
 
 def _folder(root: Path, cache: Path, test_fraction: float, seed: int) -> tuple:
@@ -238,6 +245,10 @@ def _classes(root: Path, cache: Path) -> dict[str, list[str]]:
     return classes
 
 
+def _sha256(*key) -> str:
+    return hashlib.sha256(json.dumps(key).encode()).hexdigest()
+
+
 def _stat_key(paths: list[str], root: Path) -> str:
     """A hash over each file's path below `root`, length and time of change, in order. Opens none of them."""
     key = hashlib.sha256()
@@ -245,7 +256,7 @@ def _stat_key(paths: list[str], root: Path) -> str:
         try:
             stat = os.stat(path)
         except OSError as error:
-            raise UserError(f"cannot read {path} ({_reason(error)}): delete it or fetch it again") from None
+            raise UserError(f"cannot read {path} ({reason_of(error)}): delete it or fetch it again") from None
         key.update(os.fsencode(f"{os.path.relpath(path, root)}\0{stat.st_size}\0{stat.st_mtime_ns}\0"))
     return key.hexdigest()
 
@@ -253,10 +264,11 @@ def _stat_key(paths: list[str], root: Path) -> str:
 # ------------------------------------------------------------------------------------------------- decoding and caching
 
 
-def _cached(stem, images, labels, n_train, class_names, size, rule, channels) -> tuple[np.ndarray, dict]:
+def _cached(stem, images, labels, n_train, class_names, size, rule, channels, skip) -> tuple[np.ndarray, dict]:
     """The images (N, C, S, S) uint8, mapped from stem.u8, and what stem.json says of them; both are made if need be.
 
-    The .json is written last and says how long the .u8 must be, so a kill at any moment only costs a rebuild.
+    The .json is written last and says how long the .u8 must be, so a kill at any moment only costs a rebuild. Its
+    "skipped" are the indices of images left out, which its labels and n_train do not count.
     """
     pixels, facts = Path(f"{stem}.u8"), Path(f"{stem}.json")
     try:
@@ -266,56 +278,91 @@ def _cached(stem, images, labels, n_train, class_names, size, rule, channels) ->
         valid = False
     if not valid:
         print(f"data: decoding {len(images)} images once into {pixels}")
-        shape, decode = _decoder(images, size, rule, channels)
-        meta = {"version": VERSION, "resize": rule, "channels": shape[1], "shape": shape, "n_train": n_train,
-                "class_names": class_names, "labels": labels}  # fmt: skip
+        shape, decode = _decoder(images, size, rule, channels, skip)
+        meta = {"version": VERSION, "resize": rule, "channels": shape[1], "class_names": class_names}
 
         def write(temporary: Path) -> None:
             with open(temporary, "wb") as file:
-                chunks = _decoded(decode, shape, file, stem.name)
-                meta.update(_measure(chunks, shape, labels, n_train, class_names))
+                bad = _decoded(decode, len(images), shape, file, stem.name)
+            kept, kept_train = _without(set(bad), labels, n_train, len(images), class_names)
+            whole = [len(images) - len(bad), *shape]
+            meta.update(shape=whole, n_train=kept_train, labels=kept, skipped=bad)
+            # read back rather than measured on the way: what is left out is known only at the end
+            x = np.memmap(temporary, np.uint8, "r", shape=tuple(whole))
+            meta.update(_measure(_chunks(x), whole, kept, kept_train, class_names))
 
         try:
             pixels.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"cannot make {pixels.parent} ({_reason(error)}): give another --data-dir") from None
+            raise UserError(f"cannot make {pixels.parent} ({reason_of(error)}): give another --data-dir") from None
         write_atomic(pixels, write)
         write_atomic(facts, lambda temporary: temporary.write_text(json.dumps(meta)))
     # mode "c" (private copy on write), as torch warns about tensors over memory that it may not write to
     return np.memmap(pixels, np.uint8, "c", shape=tuple(meta["shape"])), meta
 
 
-def _decoder(images: Sequence, size: int | None, rule: str, channels: str) -> tuple[list[int], Callable]:
-    """The shape [N, C, S, S] and a function from indices to pixels (n, C, S, S).
+def _without(bad: set[int], labels, n_train: int, n: int, class_names: list[str]) -> tuple[list[int] | None, int]:
+    """Labels and number of training images without the bad ones. Raises UserError where a part or a class is lost."""
+    train, test = ([i for i in part if i not in bad] for part in (range(n_train), range(n_train, n)))
+    mend = "fetch the set again; --skip-bad-images cannot go on"
+    if not (train and test):
+        raise UserError(f"none of the {'test' if train else 'training'} images can be read: {mend}")
+    if labels is None:
+        return None, len(train)
+    if lost := set(labels[:n_train]) - {labels[i] for i in train}:
+        raise UserError(f"no training image of class {class_names[min(lost)]} can be read: {mend}")
+    return [labels[i] for i in train + test], len(train)
+
+
+class _BadImage(UserError):
+    """The bytes of a file are no whole image: what --skip-bad-images leaves out."""
+
+
+def _decoder(images: Sequence, size: int | None, rule: str, channels: str, skip: bool) -> tuple[list[int], Callable]:
+    """The shape [C, S, S] and a function from indices to (pixels (n, C, S, S), indices of images left out).
 
     What the options leave open, the first image decides; one that disagrees raises UserError naming both.
     """
-    first = _open(images[0])
+
+    def opened(i: int) -> Image.Image | None:
+        try:
+            return _open(images[i])
+        except _BadImage:
+            if not skip:
+                raise
+
+    at, first = next(((i, image) for i in range(len(images)) if (image := opened(i))), (0, None))
+    if first is None:
+        raise UserError(f"none of {len(images)} images can be read, the first is {images[0]}: fetch the set again")
     grey = first.mode == "L" if channels == "auto" else channels == "grey"
     side = size or first.width
 
-    def decode(indices: range) -> np.ndarray:
-        out = np.empty((len(indices), side, side, 1 if grey else 3), np.uint8)
-        for row, i in zip(out, indices, strict=True):
-            image = _open(images[i])
+    def decode(indices: range) -> tuple[np.ndarray, list[int]]:
+        out, bad = np.empty((len(indices), side, side, 1 if grey else 3), np.uint8), []
+        for i in indices:
+            image = opened(i)
+            if image is None:
+                bad.append(i)
+                continue
             if channels == "auto" and image.mode != first.mode:
-                a, b = (images[0], images[i]) if grey else (images[i], images[0])
+                a, b = (images[at], images[i]) if grey else (images[i], images[at])
                 raise UserError(f"{a} is grey and {b} is in colour: give --channels rgb or --channels grey")
             if size is None and image.size != (side, side):
                 a, b = (f"{one.width}x{one.height}" for one in (first, image))
-                raise UserError(f"images differ in size or are not square ({images[0]} has {a}, {images[i]} has {b}): "
+                raise UserError(f"images differ in size or are not square ({images[at]} has {a}, {images[i]} has {b}): "
                                 "give --size N, for instance --size 64")  # fmt: skip
+            row = out[i - indices.start - len(bad)]
             row[:] = np.asarray(_resize(image.convert("L" if grey else "RGB"), side, rule)).reshape(row.shape)
-        return out.transpose(0, 3, 1, 2)
+        return out[: len(indices) - len(bad)].transpose(0, 3, 1, 2), bad
 
-    return [len(images), 1 if grey else 3, side, side], decode
+    return [1 if grey else 3, side, side], decode
 
 
 def _open(item: str | np.ndarray) -> Image.Image:
     """A file (or decoded pixels) as an upright image in mode L, or RGB where it has colours or a palette.
 
     Transparency is dropped, not composited. 16-bit pixels are divided to 8 bits, not stretched to the values in use.
-    Raises UserError naming a file that cannot be read.
+    Raises UserError naming a file that cannot be read: _BadImage unless it was the system that failed.
     """
     if isinstance(item, np.ndarray):
         return Image.fromarray(item)
@@ -331,7 +378,10 @@ def _open(item: str | np.ndarray) -> Image.Image:
                 image = image.convert("RGBA")  # first, or Pillow warns about a transparent palette
             return image.convert("L" if image.mode in ("1", "L", "LA", "La") else "RGB")
     except Exception as error:  # Pillow raises many kinds for broken files
-        raise UserError(f"cannot read {item} ({_reason(error)}): delete it or fetch it again") from None
+        words = f"cannot read {item} ({reason_of(error)}): delete it or fetch it again"
+        if isinstance(error, MemoryError) or getattr(error, "errno", None):  # the next start may well read it
+            raise UserError(words) from None
+        raise _BadImage(f"{words}; --skip-bad-images goes on without it") from None
 
 
 def _resize(image: Image.Image, size: int, rule: str) -> Image.Image:
@@ -345,19 +395,19 @@ def _resize(image: Image.Image, size: int, rule: str) -> Image.Image:
     return image.resize((size, size), Image.Resampling.LANCZOS)
 
 
-def _decoded(decode: Callable, shape: list[int], file, name: str) -> Iterator[np.ndarray]:
-    """Write all images to `file` chunk by chunk and yield each chunk: a set larger than memory is never held."""
-    step, batch = max(1, CHUNK // math.prod(shape[1:])), 32
+def _decoded(decode: Callable, n: int, shape: list[int], file, name: str) -> list[int]:
+    """Write n images to `file` chunk by chunk: a set larger than memory is never held. Returns those left out."""
+    step, batch, left_out = max(1, CHUNK // math.prod(shape)), 32, []
     # threads, as Pillow decodes without the interpreter lock; in batches, as a task costs as much as a tiny image
-    with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(total=shape[0], desc=name, unit="image", disable=None) as bar:
-        for start in range(0, shape[0], step):
-            stop, parts = min(start + step, shape[0]), []
-            for part in pool.map(decode, [range(i, min(i + batch, stop)) for i in range(start, stop, batch)]):
-                parts.append(part)
-                bar.update(len(part))
-            chunk = np.ascontiguousarray(np.concatenate(parts))
-            file.write(chunk)
-            yield chunk
+    with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(total=n, desc=name, unit="image", disable=None) as bar:
+        for start in range(0, n, step):
+            stop = min(start + step, n)
+            batches = [range(i, min(i + batch, stop)) for i in range(start, stop, batch)]
+            for part, bad in pool.map(decode, batches):  # in order, whichever is done first
+                file.write(np.ascontiguousarray(part))
+                left_out += bad
+                bar.update(len(part) + len(bad))
+    return left_out
 
 
 def _chunks(x: np.ndarray) -> Iterator[np.ndarray]:
@@ -384,9 +434,3 @@ def _measure(chunks: Iterable[np.ndarray], shape: Sequence[int], labels, n_train
         # at least one grey level, so that a constant channel does not divide by zero
         std.append(max(math.sqrt(n * squares - total**2) / n, 1.0) / 255)
     return {"content": content.hexdigest(), "mean": mean, "std": std}
-
-
-def _reason(error: BaseException) -> str:
-    """An exception as one short line."""
-    text = " ".join(f"{type(error).__name__}: {error}".split())
-    return text if len(text) < 200 else f"{text[:200]}..."

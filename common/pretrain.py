@@ -8,6 +8,7 @@ import hashlib
 import importlib
 import json
 import math
+import os
 import shlex
 import time
 from dataclasses import dataclass
@@ -20,13 +21,27 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common.augment import two_views
+from common.augment import gather, num_variants, two_views
 from common.data import Data, normalise
-from common.models import ResNet
-from common.run import UserError, first_line, load_checkpoint, rng, seeded, write_atomic
+from common.models import RESNETS, ResNet
+from common.run import (
+    Interval,
+    UserError,
+    all_finite,
+    finish_steps,
+    first_line,
+    load_checkpoint,
+    out_of_memory,
+    rng,
+    seeded,
+    stop_asked,
+    stop_if_asked,
+    write_atomic,
+)
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # what torchvision's and most published networks expect
 FORMAT = "teacher 1"
+CHECKPOINT = "teacher checkpoint 1"
 
 
 @dataclass
@@ -42,17 +57,25 @@ class Teacher:
     folder: Path | None  # where targets are cached; None for networks of other makers
 
     @torch.no_grad()
+    def features(self, x: Tensor, device: torch.device) -> Tensor:
+        """g(x) of uint8 or float pixels (N, C, H, W), all at once: (N, d) float32 on `device`."""
+        x, mean, std = (upload(part, device) for part in (x, self.mean, self.std))
+        return self.net(normalise(x, mean, std)).flatten(1).float()
+
     def targets(self, x: Tensor, device: torch.device, chunk: int = 256) -> Tensor:
-        """Un-augmented targets g(x) of uint8 or float pixels (N, C, H, W): (N, d) float32 on the CPU."""
-        parts = []
-        bar = tqdm(x.split(chunk), desc="teacher targets", leave=False, disable=len(x) < 20 * chunk)
-        for part in bar:
-            part = normalise(part.to(device), self.mean.to(device), self.std.to(device))
-            parts.append(self.net(part).flatten(1).float().cpu())
-        return torch.cat(parts)
+        """g(x) of uint8 or float pixels (N, C, H, W) in chunks: (N, d) float32 on the CPU."""
+        targets = torch.empty(len(x), self.dim)
+        parts = list(zip(x.split(chunk), targets.split(chunk), strict=True))
+        for part, place in tqdm(parts, desc="teacher targets", leave=False, disable=len(x) < 20 * chunk):
+            place.copy_(self.features(part, device))
+        return targets
 
     def cached_targets(self, x: Tensor, content: str, split: str, device: torch.device) -> Tensor:
-        """`targets` of a whole split, read from the teacher's folder when they are there; content: the data's hash."""
+        """`targets` of a whole split, read from the teacher's folder when they are there; content: the data's hash.
+
+        A folder that may not be written to (a group's shared teachers) costs their computation in every run; a full
+        disk raises UserError.
+        """
         if self.folder is None:
             return self.targets(x, device)
         path = self.folder / f"targets-{split}-{content[:12]}-{self.info['weights_sha256'][:8]}.safetensors"
@@ -61,11 +84,102 @@ class Teacher:
                 targets = load_file(path)["targets"]
                 if targets.shape == (len(x), self.dim):
                     return targets
-            except (SafetensorError, KeyError):
-                print(f"teacher: {path} is damaged; computing it again")
+            except (SafetensorError, KeyError, OSError) as error:
+                print(f"teacher: {path} cannot be read ({short(error)}); computing it again")
         targets = self.targets(x, device)
-        write_atomic(path, lambda tmp: save_file({"targets": targets}, tmp))
+        if os.access(self.folder, os.W_OK):
+            write_atomic(path, lambda tmp: save_file({"targets": targets}, tmp))
+        else:
+            print(f"teacher: {self.folder} is read-only; the {split} targets are computed anew by every run")
         return targets
+
+
+def upload(x: Tensor, device: torch.device) -> Tensor:
+    """x on `device`, without waiting for what a CUDA device still has to do (pageable memory is copied at once)."""
+    return x.to(device, non_blocking=device.type == "cuda" and x.device.type == "cpu")
+
+
+class AugmentedTargets:
+    """The teacher's features of cropped and mirrored training images, kept per pair (image, variant) once drawn.
+
+    All pairs are drawn equally often, so none is worth more than another: the first ones stay, until the cache is
+    full. What is in it never changes a value, so that a resumed run, whose cache starts empty, equals one that was
+    not stopped: a feature is rounded to the cache's precision when it is computed, too, and computed in chunks of one
+    size, as on a CPU the last bits depend on the batch's size (not on a place in it nor on its other images: tested).
+
+    hits, misses: pairs of all calls so far that were there (or came twice in a call), and that had to be computed.
+    """
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        pixels: Tensor,
+        flip: bool,
+        device: torch.device,
+        *,
+        gigabytes: float,
+        precision: str = "fp32",
+        cache_device: torch.device | None = None,
+    ):
+        """pixels: uint8 (N, C, H, W), all training images; device: the teacher's. gigabytes: 10^9 bytes for the table
+        of pairs (on the CPU) and the features together, 0 for no cache; precision: "fp32" or "bf16" of the kept
+        features; cache_device: where they are, None for `device`. The CPU lends the memory only as it fills."""
+        self.teacher, self.pixels, self.flip, self.device = teacher, pixels, flip, device
+        self.chunk = 64 if device.type == "cpu" else 256  # a GPU wants more; its bits are not promised
+        self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+        self.variants = num_variants(pixels.shape[-1], flip)
+        self.pairs = len(pixels) * self.variants
+        self.hits = self.misses = self.used = 0
+        self.asked = (0, 0)  # hits and misses when hit_rate was last asked
+        self.gigabytes, self.cache_device = gigabytes, device if cache_device is None else cache_device
+        room = int(gigabytes * 1e9) - self.pairs * torch.int32.itemsize
+        self.capacity = max(0, min(self.pairs, room // (teacher.dim * self.dtype.itemsize), 2**31 - 1))  # features
+        self.table = torch.full((self.pairs if self.capacity else 0,), -1, dtype=torch.int32)  # row in the store
+        self.store = torch.empty(self.capacity, teacher.dim, dtype=self.dtype, device=self.cache_device)
+
+    def describe(self) -> str:
+        """One line for the start of a log."""
+        pairs = f"{self.pairs:,} pairs (image, variant)"
+        if self.capacity:
+            kept, size = self.capacity / self.pairs, (self.table.nbytes + self.store.nbytes) / 1e9
+            return f"targets: cache for {kept:.0%} of {pairs} in {size:.1f} GB ({self.cache_device.type}, {self.dtype})"
+        why = f" (its table alone does not fit into {self.gigabytes:g} GB)" if self.gigabytes else ""
+        return f"targets: no cache{why}, the teacher computes all of {pairs}"
+
+    @torch.no_grad()
+    def __call__(self, index: Tensor, variant: Tensor) -> Tensor:
+        """Features of pixels[index] as their variants show them. index, variant: (B,) int64 on the CPU (from its
+        generators), so that no GPU is waited for; returns (B, d) float32 on the run's device."""
+        pairs, place = (index * self.variants + variant).unique(return_inverse=True)
+        rows = self.table[pairs] if self.capacity else torch.full_like(pairs, -1)
+        there, missed = (rows >= 0).nonzero().flatten(), (rows < 0).nonzero().flatten()
+        self.misses += len(missed)
+        self.hits += len(index) - len(missed)
+        new = self.compute(pairs[missed])
+        known = self.store[upload(rows[there].long(), self.cache_device)]
+        added = min(len(missed), self.capacity - self.used)
+        self.store[self.used : self.used + added] = new[:added].to(self.cache_device)
+        self.table[pairs[missed[:added]]] = torch.arange(self.used, self.used + added, dtype=torch.int32)
+        self.used += added
+        rank = torch.cat([there, missed]).argsort()  # of each pair in `values`
+        values = torch.cat([upload(known, self.device), new])
+        return values[upload(rank[place], self.device)].float()
+
+    def hit_rate(self) -> float:
+        """Share of hits among the pairs of the calls since it was last asked; 0 if there were none."""
+        hits, misses = self.hits - self.asked[0], self.misses - self.asked[1]
+        self.asked = (self.hits, self.misses)
+        return hits / max(1, hits + misses)
+
+    def compute(self, pairs: Tensor) -> Tensor:
+        """(M,) -> (M, d) in the cache's precision; the last chunk is filled up with copies of its last pair."""
+        full = torch.cat([pairs, pairs[-1:].expand(-len(pairs) % self.chunk)])
+        features = torch.empty(len(full), self.teacher.dim, dtype=self.dtype, device=self.device)
+        for i in range(0, len(full), self.chunk):
+            part = full[i : i + self.chunk]
+            x = gather(self.pixels, part // self.variants, part % self.variants, self.flip)
+            features[i : i + self.chunk] = self.teacher.features(x, self.device)
+        return features[: len(pairs)]
 
 
 # --------------------------------------------------------------------------------------------------------- Barlow Twins
@@ -73,10 +187,16 @@ class Teacher:
 
 def barlow_loss(z_1: Tensor, z_2: Tensor, off_diagonal: float) -> Tensor:
     """Sum of (1 - C_ii)^2 plus off_diagonal times the sum of C_ij^2, C the batch cross-correlation. z: (B, D)."""
+    on, off = barlow_terms(z_1, z_2)
+    return on + off_diagonal * off
+
+
+def barlow_terms(z_1: Tensor, z_2: Tensor) -> tuple[Tensor, Tensor]:
+    """The two sums of barlow_loss."""
     z_1, z_2 = (F.batch_norm(z, None, None, training=True) for z in (z_1, z_2))
     correlation = z_1.T @ z_2 / len(z_1)  # (D, D)
     on = correlation.diagonal()
-    return (on - 1).square().sum() + off_diagonal * (correlation.square().sum() - on.square().sum())
+    return (on - 1).square().sum(), correlation.square().sum() - on.square().sum()
 
 
 def projector(d_in: int, hidden: int) -> nn.Sequential:
@@ -144,14 +264,16 @@ def train_teacher(
     crop_min: float = 0.08,
     seed: int = 0,
     precision: str = "fp32",
+    save_minutes: float = 10.0,
 ) -> Teacher:
     """Train a ResNet by Barlow Twins on data.x_train, or load it from `teachers` if it was trained before.
 
     lr: per 256 images of batch (solo-learn 0.3); eta: LARS trust (solo-learn 0.02, the authors 0.001);
     crop_min: smallest area of a view. The folder's name holds data, method, architecture, epochs, seed and a hash of
-    every setting and of the data's content. Stopped training goes on from its last epoch checkpoint. Prints a k-NN
-    accuracy as it goes (labelled data), which selects nothing.
-    Raises UserError if the loss is not finite.
+    every setting and of the data's content. A checkpoint is written every save_minutes (0: never for the time alone),
+    at a hundred epochs and when a signal asks to stop; training goes on from any step as if it had not stopped. Prints
+    a k-NN accuracy as it goes (labelled data), which selects nothing.
+    Raises UserError if the loss or a weight is not finite, which is never saved, and Stopped after a signal.
     """
     if len(data.x_train) < 2:
         raise UserError("a teacher cannot be trained on one image; add images, or name a teacher with --teacher")
@@ -202,56 +324,82 @@ def train_teacher(
     steps, warmup, peak = epochs * per_epoch, min(10, epochs // 10 + 1) * per_epoch, lr * batch / 256
     mean, std = data.mean.to(device), data.std.to(device)
     start, seconds_before, began = 0, 0.0, time.monotonic()
-    if (folder / "checkpoint.pt").exists():
-        state = load_checkpoint(folder / "checkpoint.pt")
-        net.load_state_dict(state["net"])
-        head.load_state_dict(state["head"])
-        optimizer.load_state_dict(state["optimizer"])
-        start, seconds_before, info["knn"] = state["epoch"], state["seconds"], state["knn"]
-        print(f"teacher: {folder.name} goes on at epoch {start}")
-    info.setdefault("knn", {})
-    bar = tqdm(total=steps, initial=start * per_epoch, desc=f"teacher {folder.name}", mininterval=1, dynamic_ncols=True)
-    for epoch in range(start, epochs):
-        net.train(), head.train()
-        order = torch.randperm(len(data.x_train), generator=rng("teacher order", seed, epoch))
-        views = rng("teacher views", seed, epoch)
-        for i in range(per_epoch):
+    info["knn"] = {}
+    checkpoint = folder / "checkpoint.pt"
+    if checkpoint.exists():
+        state = resume(checkpoint, net=net, head=head, optimizer=optimizer)
+        start, seconds_before, info["knn"] = state["step"], state["seconds"], state["knn"]
+        print(f"teacher: {folder.name} goes on at step {start} of {steps}")
+    bar = tqdm(total=steps, initial=start, desc=f"teacher {folder.name}", mininterval=1, dynamic_ncols=True)
+    interval = Interval(save_minutes)
+    with finish_steps(), bar:
+        for step in range(start, steps):
+            epoch, i = divmod(step, per_epoch)
+            if i == 0 or step == start:
+                net.train(), head.train()
+                order = torch.randperm(len(data.x_train), generator=rng("teacher order", seed, epoch))
             x = data.x_train[order[i * batch : (i + 1) * batch]].to(device) / 255
-            x_1, x_2 = two_views(x, views, (crop_min, 1.0), data.flip)
+            x_1, x_2 = two_views(x, rng("teacher views", seed, epoch, i), (crop_min, 1.0), data.flip)
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
                 z_1, z_2 = head(net(normalise(x_1, mean, std))), head(net(normalise(x_2, mean, std)))
             loss = 0.1 * barlow_loss(z_1.float(), z_2.float(), off_diagonal)  # 0.1: solo-learn's scale
             optimizer.zero_grad()
             loss.backward()
-            optimizer.param_groups[0]["lr"] = cosine_lr(epoch * per_epoch + i, steps, warmup, peak)
-            lars_(params, optimizer.param_groups[0]["lr"], eta, weight_decay)
+            rate = optimizer.param_groups[0]["lr"] = cosine_lr(step, steps, warmup, peak)
+            lars_(params, rate, eta, weight_decay)
             optimizer.step()
             bar.update()
-        value = float(loss.detach())
-        if not torch.isfinite(loss):
-            raise UserError(f"teacher: loss is {value} in epoch {epoch}; lower --teacher-lr (last checkpoint stays)")
-        bar.set_postfix_str(f"loss {value:.3f}")
-        if data.labelled and (epoch + 1) % max(1, epochs // 5) == 0:
-            info["knn"][str(epoch + 1)] = round(quick_knn(net, data, device), 4)
-            tqdm.write(f"teacher: epoch {epoch + 1}/{epochs} loss {value:.3f} k-NN {info['knn'][str(epoch + 1)]:.1%}")
-        if (epoch + 1) % max(1, epochs // 100) == 0 and epoch + 1 < epochs:
-            state = dict(
-                net=net.state_dict(),
-                head=head.state_dict(),
-                optimizer=optimizer.state_dict(),
-                epoch=epoch + 1,
-                knn=info["knn"],
-                seconds=seconds_before + time.monotonic() - began,
-            )
-            write_atomic(folder / "checkpoint.pt", lambda tmp, state=state: torch.save(state, tmp))
-    bar.close()
+
+            epoch_ends, done = i + 1 == per_epoch, step + 1
+            saving = (epoch_ends and (epoch + 1) % max(1, epochs // 100) == 0) or interval.due() or stop_asked()
+            if not (epoch_ends or saving):
+                continue
+            state = dict(net=net.state_dict(), head=head.state_dict(), optimizer=optimizer.state_dict())
+            value = float(loss.detach())
+            if not math.isfinite(value) or not all_finite(state):
+                on, off = barlow_terms(z_1.detach().float(), z_2.detach().float())
+                raise UserError(
+                    f"teacher: epoch {epoch + 1}, step {done}: loss is {value:.4g} or a weight is not finite (diagonal "
+                    f"{on:.4g}, off-diagonal {off:.4g}, learning rate {rate:.3g}); lower --teacher-lr; the last good "
+                    f"checkpoint stays in {folder}"
+                )
+            bar.set_postfix_str(f"loss {value:.3f}")
+            if epoch_ends and data.labelled and (epoch + 1) % max(1, epochs // 5) == 0:
+                info["knn"][str(epoch + 1)] = round(quick_knn(net, data, device), 4)
+                tqdm.write(
+                    f"teacher: epoch {epoch + 1}/{epochs} loss {value:.3f} k-NN {info['knn'][str(epoch + 1)]:.1%}"
+                )
+            if saving and done < steps:  # a finished teacher is written as such
+                seconds = seconds_before + time.monotonic() - began
+                state |= dict(format=CHECKPOINT, step=done, seconds=seconds, knn=info["knn"])
+                write_atomic(checkpoint, lambda tmp, state=state: torch.save(state, tmp))
+                interval.start()
+                stop_if_asked()
     info["seconds"] = round(seconds_before + time.monotonic() - began, 1)
     weights = {key: value.cpu().contiguous() for key, value in net.state_dict().items()}
     meta = {"info": json.dumps(info)}
     write_atomic(folder / "teacher.safetensors", lambda tmp: save_file(weights, tmp, metadata=meta))
-    (folder / "checkpoint.pt").unlink(missing_ok=True)
+    checkpoint.unlink(missing_ok=True)
     print(f"teacher: {folder} in {info['seconds']:.0f} s")
+    stop_if_asked()
     return load_own(folder / "teacher.safetensors")
+
+
+def resume(path: Path, **parts) -> dict:
+    """Load a teacher's checkpoint into its parts and return it. Raises UserError if it is damaged or not this one's."""
+    try:
+        state = load_checkpoint(path)
+        if state.get("format") != CHECKPOINT:
+            raise ValueError(f"format {state.get('format')}")
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        return {key: state[key] for key in ("step", "seconds", "knn")}
+    except Exception as error:  # torch raises many kinds here
+        if out_of_memory(error):
+            raise
+        reason = "unreadable" if isinstance(error, UserError) else short(error)
+        line = f"{path}: not a checkpoint of this teacher ({reason}); delete it to train the teacher anew"
+        raise UserError(line) from None
 
 
 def quick_knn(net: nn.Module, data: Data, device: torch.device) -> float:
@@ -275,20 +423,42 @@ def freeze(net: nn.Module) -> nn.Module:
     return net.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 
+def short(error: Exception, most: int = 200) -> str:
+    """An exception's words in one line of at most `most` characters."""
+    words = " ".join(str(error).split()) or type(error).__name__
+    return words if len(words) <= most else words[: most - 4] + " ..."
+
+
+def fit(net: ResNet, weights: dict[str, Tensor], path: Path, what: str) -> None:
+    """Load the weights strictly. Raises UserError naming the first keys that are missing, in excess or misshapen."""
+    try:
+        net.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = short(error).removeprefix("Error(s) in loading state_dict for ResNet: ")
+        raise UserError(f"{path}: does not fit a {what} ({reason})") from None
+
+
 def load_own(path: Path) -> Teacher:
     """A teacher written by train_teacher. Raises UserError for any other file."""
     try:
         with safe_open(path, "pt") as file:
-            info = json.loads((file.metadata() or {}).get("info", "{}"))
+            meta = file.metadata() or {}
+        info = json.loads(meta.get("info", "{}"))
         weights = load_file(path)
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{path}: not a readable teacher ({first_line(error)})") from None
-    if info.get("format") != FORMAT:
-        raise UserError(
-            f"{path}: not a teacher of this project (format {info.get('format')}); train one or name another"
-        )
+    kind = str(info.get("format", meta.get("format")) if isinstance(info, dict) else None)
+    if kind.startswith("distilled"):
+        raise UserError(f"{path}: a distilled set ({kind}), not a teacher; name a teacher.safetensors")
+    if kind != FORMAT:
+        raise UserError(f"{path}: not a teacher of this project (format {kind}); train one or name another")
+    needed = ("arch", "channels", "width", "stem", "stem_padding", "mean", "std")
+    if lacking := [key for key in needed if key not in info]:
+        raise UserError(f"{path}: does not say its {', '.join(lacking)}; train the teacher anew")
+    if info["arch"] not in RESNETS:
+        raise UserError(f"{path}: of architecture {info['arch']}; {', '.join(RESNETS)} are known")
     net = ResNet(info["arch"], info["channels"], info["width"], info["stem"], info["stem_padding"])
-    net.load_state_dict(weights)
+    fit(net, weights, path, f"{info['arch']} of width {info['width']}")
     info["weights_sha256"] = hashlib.sha256(
         b"".join(weights[key].numpy().tobytes() for key in sorted(weights))
     ).hexdigest()
@@ -337,7 +507,8 @@ def load_resnet(path: Path, data: Data, stem_padding: int) -> Teacher:
     for key in ("state_dict", "model"):
         state = state[key] if isinstance(state, dict) and isinstance(state.get(key), dict) else state
     state = {key: value for key, value in state.items() if isinstance(value, Tensor)} if isinstance(state, dict) else {}
-    stems = [key for key in state if key.endswith("conv1.weight") and "layer" not in key]
+    state = {key: value for key, value in state.items() if isinstance(key, str)}
+    stems = [key for key in state if key.endswith("conv1.weight") and "layer" not in key and state[key].ndim == 4]
     if not stems:
         raise UserError(f"{path}: no ResNet in it (no conv1.weight outside the layers)")
     prefix = min(stems, key=len).removesuffix("conv1.weight")  # "", "backbone.", "encoder.", "module.encoder_q." ...
@@ -353,11 +524,7 @@ def load_resnet(path: Path, data: Data, stem_padding: int) -> Teacher:
         raise UserError(f"{path}: a ResNet with {blocks} blocks; resnet10, resnet18 and resnet50 are known")
     stem = "cifar" if kernel == 3 else "imagenet"
     net = ResNet(arch, channels, width, stem, stem_padding)
-    try:
-        net.load_state_dict(state)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{path}: does not fit a {arch} of width {width} ({reason})") from None
+    fit(net, state, path, f"{arch} of width {width}")
     mean, std = (data.mean, data.std) if stem == "cifar" else map(torch.tensor, IMAGENET)
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -377,8 +544,10 @@ def load_library(library: str, name: str, size: int) -> Teacher:
             net = module.get_model(name, weights="DEFAULT")
             preset = module.get_model_weights(name).DEFAULT.transforms()
             mean, std = preset.mean, preset.std
-            layer = [key for key, child in net.named_modules() if isinstance(child, nn.Linear)][-1]
-            net.set_submodule(layer, nn.Identity())
+            linear = [key for key, child in net.named_modules() if isinstance(child, nn.Linear)]
+            if not linear:
+                raise UserError(f"--teacher {library}:{name}: has no linear classifier to take off; name another")
+            net.set_submodule(linear[-1], nn.Identity())
         else:
             net = module.create_model(name, pretrained=True, num_classes=0)
             mean, std = net.pretrained_cfg["mean"], net.pretrained_cfg["std"]
@@ -386,8 +555,10 @@ def load_library(library: str, name: str, size: int) -> Teacher:
             dim = freeze(net)(torch.zeros(2, len(mean), size, size)).flatten(1).shape[1]
     except ImportError:
         raise UserError(f"--teacher {library}:{name}: {library} is not installed; pip install {library}") from None
+    except UserError:
+        raise
     except Exception as error:  # unknown names, no network, a fixed image size: each library raises its own
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = short(error)
         raise UserError(f"--teacher {library}:{name}: {reason}; check the name, the network and --size") from None
     info = dict(method=library, model=name, mean=list(mean), std=list(std))
     return Teacher(net, dim, torch.tensor(mean), torch.tensor(std), f"{library}:{name}", info, None)

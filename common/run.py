@@ -9,15 +9,19 @@ resumed run needs no generator state and equals one that was never stopped, bit 
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import math
 import os
 import platform
 import resource
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,8 +34,11 @@ from tqdm import tqdm
 
 import kernels
 
-# flags that may differ when a run is resumed: where it runs, how often it writes, how it is scored
-FREE_ON_RESUME = {"resume", "device", "data_dir", "out_dir", "log_every", "save_every", "full_row"}
+# flags that may differ when a run is resumed: where it runs, how often it writes, what it keeps, how it is scored
+FREE_ON_RESUME = {"resume", "device", "data_dir", "out_dir", "log_every", "save_every", "save_minutes", "full_row"}
+FREE_ON_RESUME |= {"chunk", "cache_gb", "cache_device"}
+# what takes memory, in the order in which lowering it costs the least
+MEMORY_FLAGS = ("cache_gb", "chunk", "batch_real", "teacher_batch", "num_images", "ipc")
 
 
 class UserError(Exception):
@@ -47,7 +54,15 @@ def first_line(error: Exception) -> str:
 
 
 def cli(main: Callable, args_class: type) -> None:
-    """Read the flags (with --resume RUN_DIR: over that run's args.json), call main, turn UserError into one line."""
+    """Read the flags (with --resume RUN_DIR: over that run's args.json) and call main.
+
+    What a user can mend becomes one line and exit code 2: UserError, a failed factorisation, memory, a full disk.
+    SIGINT and SIGTERM print the command that goes on and exit with 128 + their number.
+    """
+    catch_signals()
+    threading.excepthook = quiet_about_files
+    command = f"python {shlex.quote(sys.argv[0])}"
+    args = None
     try:
         default = args_class()
         for i, word in enumerate(sys.argv[1:], 1):
@@ -55,12 +70,50 @@ def cli(main: Callable, args_class: type) -> None:
                 default = load_args(args_class, sys.argv[i + 1])
             elif word.startswith("--resume="):
                 default = load_args(args_class, word.split("=", 1)[1])
-        main(tyro.cli(args_class, default=default, description=sys.modules[main.__module__].__doc__))
-    except (UserError, kernels.FailedFactorization) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        args = tyro.cli(args_class, default=default, description=sys.modules[main.__module__].__doc__)
+        main(args)
+    except UserError as error:
+        fail(str(error))
+    except kernels.FailedFactorization as error:
+        fail(f"{error}{kept()}")
     except KeyboardInterrupt:
-        sys.exit(130)
+        again = f"--resume {shlex.quote(str(Run.latest))}" if Run.latest else shlex.join(sys.argv[1:])
+        print(f"\nstopped; go on with: {command} {again}".rstrip(), file=sys.stderr)
+        sys.exit(128 + (_stop["signal"] or signal.SIGINT))
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        flags = ["--" + name.replace("_", "-") for name in MEMORY_FLAGS if hasattr(args, name)]
+        fail(f"out of memory ({first_line(error)}); lower {', '.join(flags)}, or take --precision bf16{kept()}")
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        fail(f"could not write {error.filename or 'a file'} ({error.strerror}); free some space{kept()}")
+
+
+def quiet_about_files(info) -> None:
+    """TensorBoard's writing thread prints no traceback for a full disk: the next log point raises its error again."""
+    if not issubclass(info.exc_type, OSError):
+        threading.__excepthook__(info)
+
+
+def fail(line: str) -> None:
+    print(f"error: {line}", file=sys.stderr)
+    sys.exit(2)
+
+
+def kept() -> str:
+    """The end of an error line: how to go on, once a run has a checkpoint."""
+    if Run.latest is None or not (Run.latest / "checkpoint.pt").exists():
+        return ""
+    return f"; the last checkpoint stays: --resume {shlex.quote(str(Run.latest))}"
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether it is Python's, CUDA's or the CPU allocator's (a RuntimeError, known by its words alone)."""
+    words = str(error)
+    kinds = (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, kinds) or "can't allocate memory" in words or "out of memory" in words
 
 
 def load_args(args_class: type, folder: str | Path):
@@ -113,6 +166,67 @@ def pick_device(name: str) -> torch.device:
         reason = first_line(error)
         raise UserError(f"--device {name}: not available here ({reason}); use --device auto or cpu") from None
     return device
+
+
+# ------------------------------------------------------------------------------------------------------------ stopping
+
+
+class Stopped(KeyboardInterrupt):
+    """The first SIGINT or SIGTERM: raised at once, or by `stop_if_asked` inside `finish_steps`."""
+
+
+_stop = {"signal": 0, "wait": False}
+
+
+def catch_signals() -> None:
+    """From now on SIGINT and SIGTERM raise Stopped, or wait for the end of a step; a second one kills at once."""
+
+    def catch(number: int, frame) -> None:
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_DFL)  # the kernel's own: not even a long operation holds it up
+        _stop["signal"] = number
+        if not _stop["wait"]:
+            raise Stopped
+        os.write(2, b"\nstopping after this step; once more stops at once\n")  # print may not be entered twice
+
+    _stop.update(signal=0, wait=False)
+    if threading.current_thread() is threading.main_thread():
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, catch)
+
+
+@contextlib.contextmanager
+def finish_steps() -> Iterator[None]:
+    """Inside the block a signal waits: the loop asks `stop_asked`, saves, and calls `stop_if_asked`."""
+    _stop["wait"] = True
+    try:
+        yield
+    finally:
+        _stop["wait"] = False
+
+
+def stop_asked() -> bool:
+    return _stop["signal"] != 0
+
+
+def stop_if_asked() -> None:
+    """Raises Stopped if a signal came."""
+    if stop_asked():
+        raise Stopped
+
+
+class Interval:
+    """due(): whether `minutes` have passed since the last start(); never for 0."""
+
+    def __init__(self, minutes: float):
+        self.seconds = 60 * minutes
+        self.start()
+
+    def start(self) -> None:
+        self.began = time.monotonic()
+
+    def due(self) -> bool:
+        return self.seconds > 0 and time.monotonic() - self.began >= self.seconds
 
 
 # ---------------------------------------------------------------------------------------------------------- randomness
@@ -186,6 +300,60 @@ def save_grid(path: str | Path, x: Tensor, per_row: int = 10, at_least: int = 48
     write_atomic(path, lambda tmp: Image.fromarray(pixels).save(tmp, format="PNG"))
 
 
+# -------------------------------------------------------------------------------------------------------------- memory
+
+
+def available_memory(device: torch.device) -> int | None:
+    """Bytes that can still be had: of the GPU, or of the machine within its container's limit; None if unknown."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return None
+    with contextlib.suppress(OSError, ValueError):  # ValueError: "max", no limit
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
+        facts = dict(line.split() for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines())
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text()) - int(facts["file"])  # cached files can go
+        free = min(free, limit - used)
+    return free
+
+
+def saved_bytes(function: Callable[[Tensor], Tensor], x: Tensor) -> int:
+    """Bytes that autograd keeps for the backward pass of function(x), each storage once, parameters not counted.
+
+    Tensors of the "meta" device will do: then nothing is computed or allocated.
+    """
+    storages = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, torch.nn.Parameter):
+            storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        function(x)
+    return sum(storages.values())
+
+
+def check_memory(phases: dict[str, dict[str, int]], device: torch.device) -> None:
+    """Print the estimate of the hungriest phase. phases: {phase: {flag that sets it: bytes}}.
+
+    Raises UserError if it cannot fit, naming the flag that takes most.
+    """
+    phase, parts = max(phases.items(), key=lambda item: sum(item[1].values()))
+    need, free = sum(parts.values()), available_memory(device)
+    print(f"memory: about {need / 1e9:.2g} GB for the {phase}" + (f", {free / 1e9:.2g} GB free" if free else ""))
+    if free is not None and need > free:
+        flag, most = max(parts.items(), key=lambda item: item[1])
+        raise UserError(
+            f"the {phase} needs about {need / 1e9:.1f} GB of memory on {device}, {free / 1e9:.1f} GB are free; "
+            f"{flag} takes {most / 1e9:.1f} GB of it: lower it"
+        )
+
+
 # ------------------------------------------------------------------------------------------------------------- the run
 
 
@@ -194,6 +362,8 @@ class Run:
 
     folder, args (resolved), device, start (first step to do: 0, or where the checkpoint stands), state (of it).
     """
+
+    latest: Path | None = None  # folder of the run that this process works on, for the last words of `cli`
 
     def __init__(self, script: str, args, data_name: str, content: str):
         """Make the folder, or reopen args.resume; `content` is the data's hash, which a resumed run must meet again.
@@ -205,36 +375,46 @@ class Run:
         self.name = Path(script).stem
         self.device = pick_device(args.device)
         self.content = content
+        self.state = None
         if args.resume:
             self.folder = Path(args.resume)
+            args = self.reopen(args)
             for left in self.folder.glob(".*.tmp"):  # of a write that was killed
                 left.unlink()
-            saved = dataclasses.asdict(load_args(type(args), self.folder))
-            args = fill(args, saved)
-            for key, value in dataclasses.asdict(args).items():
-                free = key in FREE_ON_RESUME or key.startswith("eval_")
-                if not free and value != saved[key]:
-                    flag = "--" + key.replace("_", "-")
-                    raise UserError(f"--resume: {flag} was {saved[key]}, now {value}; drop the flag or start a new run")
         else:
             self.folder = new_folder(Path(args.out_dir), f"{data_name}__{self.name}__{args.seed}")
             shutil.copy(script, self.folder / "script.py")
+        Run.latest = self.folder
         self.args = args
         write_json(self.folder / "args.json", dataclasses.asdict(args))
-        self.state = load_checkpoint(self.file("checkpoint.pt")) if self.file("checkpoint.pt").exists() else None
-        if self.state is not None and self.state.get("format") != f"{self.name} 1":
-            raise UserError(f"{self.file('checkpoint.pt')}: not a checkpoint of {self.name}; delete it to start over")
-        if self.state is not None and self.state["content"] != content:
-            raise UserError(f"--resume {self.folder}: the data changed since (content hash differs); start a new run")
         self.start = self.state["step"] if self.state else 0
         self.seconds_before = self.state["seconds"] if self.state else 0.0
         self.began = time.monotonic()
         self.history = self.state["history"] if self.state else []  # [step, loss]
         self.board = SummaryWriter(str(self.folder), purge_step=self.start if args.resume else None)
-        self.bar, self.seconds_per_100_steps = None, None
+        self.bar, self.seconds_per_100_steps, self.prediction, self.no_better_since = None, None, None, None
+        self.interval, self.terms = Interval(args.save_minutes), ""
         print(f"run: {self.folder} on {device_words(self.device)}, torch {torch.__version__}", flush=True)
         if args.resume:
             print(f"run: resumed at step {self.start}", flush=True)
+
+    def reopen(self, args):
+        """Check the resumed folder's flags and checkpoint, touching nothing; returns args with what it resolved."""
+        saved = dataclasses.asdict(load_args(type(args), self.folder))
+        args = fill(args, saved)
+        for key, value in dataclasses.asdict(args).items():
+            free = key in FREE_ON_RESUME or key.startswith("eval_")
+            if not free and value != saved[key]:
+                flag = "--" + key.replace("_", "-")
+                raise UserError(f"--resume: {flag} was {saved[key]}, now {value}; drop the flag or start a new run")
+        path = self.file("checkpoint.pt")
+        if path.exists():
+            self.state = load_checkpoint(path)
+            if not isinstance(self.state, dict) or self.state.get("format") != f"{self.name} 1":
+                raise UserError(f"{path}: not a checkpoint of {self.name}; delete it to start over")
+            if self.state["content"] != self.content:
+                raise UserError(f"--resume {self.folder}: the data changed since (content hash differs); start anew")
+        return args
 
     def file(self, name: str) -> Path:
         return self.folder / name
@@ -243,34 +423,64 @@ class Run:
         """Seconds this run has taken, the sessions before a resume included."""
         return self.seconds_before + time.monotonic() - self.began
 
-    def steps(self, total: int) -> Iterator[int]:
-        """The steps still to do, start .. total - 1, behind a progress bar with the time left."""
+    def steps(self, total: int, later: Callable[[int], float] = lambda done: 0.0) -> Iterator[int]:
+        """The steps still to do, start .. total - 1, behind a progress bar; a signal waits for the end of a step.
+
+        later: predicted seconds of all that comes beside the steps themselves, once `done` of them are done.
+        """
         every = 0.2 if sys.stderr.isatty() else 30.0
+        self.total, self.later, self.pauses, self.done = total, later, 0.0, self.start
         with tqdm(total=total, initial=self.start, desc=self.name, mininterval=every, dynamic_ncols=True) as self.bar:
-            began = self.ticked = time.monotonic()
+            self.loop_began = self.ticked = time.monotonic()
             self.tick_step = self.start
-            try:
+            with finish_steps():
                 for step in range(self.start, total):
                     yield step
+                    self.done = step + 1
                     self.bar.update()
-                if self.start < total:
-                    self.seconds_per_100_steps = 100 * (time.monotonic() - began) / (total - self.start)
-            except KeyboardInterrupt:
-                print(f"\nstopped; go on with: python {self.name}.py --resume {self.folder}", file=sys.stderr)
-                raise
+                    if self.prediction is None and self.done - self.start >= max(3, total // 50):
+                        predicted = self.seconds() + self.seconds_left()
+                        self.prediction = {"at_step": self.done, "seconds": round(predicted, 1)}
+                        end = time.strftime("%H:%M", time.localtime(time.time() + self.seconds_left()))
+                        words = tqdm.format_interval(predicted)
+                        tqdm.write(f"run: about {words} in all, evaluation included, until {end}")
+                    stop_if_asked()
+                stop_if_asked()
+            if self.start < total:
+                self.seconds_per_100_steps = 100 * self.seconds_per_step()
 
-    def log(self, step: int, scalars: dict[str, float], context: str = "") -> None:
-        """Write scalars to TensorBoard with steps/s and memory; "loss" goes into the progress bar and curve.png.
+    def seconds_per_step(self) -> float:
+        return (time.monotonic() - self.loop_began - self.pauses) / max(1, self.done - self.start)
 
-        Raises UserError if one is not finite, naming all of them and `context` (n_s, d, lam).
-        """
+    def seconds_left(self) -> float:
+        """Predicted seconds to the end of the whole run."""
+        return (self.total - self.done) * self.seconds_per_step() + self.later(self.done)
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """Time spent in the block is no part of a step."""
+        began = time.monotonic()
+        yield
+        self.pauses += time.monotonic() - began
+        self.ticked += time.monotonic() - began
+
+    def due(self, done: int, every: int) -> bool:
+        """Whether to save now: each `every` steps, after --save-minutes, at the end, and before a stop."""
+        return done % every == 0 or done == self.total or self.interval.due() or stop_asked()
+
+    def check_finite(self, step: int, scalars: dict[str, float], context: str = "") -> None:
+        """Raises UserError if a scalar is not finite, naming all of them and `context` (n_s, d, lam)."""
+        self.terms = ", ".join(f"{key} {value:.4g}" for key, value in scalars.items()) + f"; {context}"
         if not all(math.isfinite(value) for value in scalars.values()):
-            terms = ", ".join(f"{key} {value:.4g}" for key, value in scalars.items())
-            raise UserError(
-                f"step {step}: not finite ({terms}; {context}); lower the learning rates or raise --ridge; "
-                f"the last good checkpoint stays in {self.folder}"
-            )
-        now = time.monotonic()
+            raise UserError(f"step {step}: not finite ({self.terms}); {self.mend()}")
+
+    def mend(self) -> str:
+        last = "the last good checkpoint stays in" if self.file("checkpoint.pt").exists() else "no checkpoint yet in"
+        return f"lower the learning rates or raise --ridge; {last} {self.folder}"
+
+    def log(self, step: int, scalars: dict[str, float]) -> None:
+        """Write scalars to TensorBoard with steps/s and memory; "loss" goes into the progress bar and curve.png."""
+        now, self.done = time.monotonic(), step
         speed = {
             "steps_per_s": (step - self.tick_step) / max(now - self.ticked, 1e-9),
             "memory_gb": peak_memory() / 1e9,
@@ -279,7 +489,7 @@ class Run:
         for key, value in (scalars | speed).items():
             self.board.add_scalar(key, value, step)
         if self.bar is not None:
-            self.bar.set_postfix_str(f"loss {scalars['loss']:.4f}")
+            self.bar.set_postfix_str(f"loss {scalars['loss']:.4f}, all in {tqdm.format_interval(self.seconds_left())}")
         self.history.append([step, scalars["loss"]])
 
     def grid(self, step: int, total: int, pixels: Callable[[], Tensor], per_row: int = 10) -> None:
@@ -294,15 +504,29 @@ class Run:
         """Write checkpoint.pt: `step` steps are done. Raises UserError rather than save a tensor that is not finite."""
         for key, value in state.items():
             if not all_finite(value):
-                raise UserError(f"step {step}: {key} is not finite; the last good checkpoint stays in {self.folder}")
+                raise UserError(f"step {step}: {key} is not finite ({self.terms}); {self.mend()}")
         state |= dict(format=f"{self.name} 1", step=step, seconds=self.seconds(), content=self.content)
         state |= dict(history=self.history)
         write_atomic(self.file("checkpoint.pt"), lambda tmp: torch.save(state, tmp))
+        self.interval.start()
 
     def log_evaluation(self, step: int, scalars: dict[str, float]) -> None:
         """Write scalars of the distilled set to TensorBoard; they have no part in the loop's speed or loss."""
         for key, value in scalars.items():
             self.board.add_scalar(key, value, step)
+
+    def plateau(self, curve: list[dict], metric: str) -> None:
+        """Say so, once, when the curve's metric (lower is better) no longer falls."""
+        points = [(point["step"], point[metric]) for point in curve]
+        steps, values = [step for step, _ in points], [value["mean"] for _, value in points]
+        errors = [value["std"] / len(value["values"]) ** 0.5 for _, value in points]
+        since = plateau(values, errors)
+        if since is not None and since != self.no_better_since:
+            self.no_better_since = since
+            tqdm.write(
+                f"plateau: {metric} {values[-1]:.4f} at step {steps[-1]} is no better than {values[since]:.4f} at step "
+                f"{steps[since]}; the rates still fall to their end, so a new run with fewer --steps may do as well"
+            )
 
     def check(self, what: str, value: Tensor) -> None:
         """On resume: compare `value` with what save(checked=...) stored. Raises UserError if it is another's."""
@@ -331,6 +555,7 @@ class Run:
             method=self.name,
             seed=self.args.seed,
             seconds=round(self.seconds(), 1),
+            seconds_predicted=self.prediction,
             seconds_per_100_steps=self.seconds_per_100_steps,
             peak_memory_bytes=peak_memory(),
             device=device_words(self.device),
@@ -343,6 +568,17 @@ class Run:
         self.board.close()
         print(f"run: {self.file('result.json')} after {result['seconds']:.0f} s, {peak_memory() / 1e9:.1f} GB")
         return result
+
+
+def plateau(values: list[float], errors: list[float], patience: int = 3) -> int | None:
+    """Index of the lowest value before the last `patience` ones if none of those is lower by more than its error.
+
+    errors: standard errors of the values. None: still falling, or too few values to tell.
+    """
+    if len(values) <= patience:
+        return None
+    best = min(range(len(values) - patience), key=values.__getitem__)
+    return best if min(values[-patience:]) >= values[best] - errors[best] else None
 
 
 def all_finite(state) -> bool:

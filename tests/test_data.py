@@ -1,13 +1,10 @@
-"""Named sets and image folders on small made files; no network."""
+"""Image folders, the bundled digits, and what is made of either; the other named sets: test_sets.py."""
 
 import contextlib
 import json
 import os
-import socket
-import struct
 import sys
-import urllib.error
-import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -16,7 +13,7 @@ from PIL import Image
 from PIL.Image import Resampling
 
 import common.data
-from common.data import NAMED, NORMALISATION, denormalise, describe, load, normalise
+from common.data import NAMED, denormalise, describe, hold_out, load, normalise
 from common.run import UserError
 
 
@@ -466,18 +463,119 @@ def test_chunks_do_not_change_the_result_and_bound_the_memory(tmp_path, get, mon
     whole = get(tmp_path / "set")
     for path in cache_files(tmp_path).values():
         path.unlink()
-    sizes = []
-    decoded = common.data._decoded
+    sizes, at_once = [], []
+    chunks = common.data._chunks
 
-    def spy(*args):
-        for chunk in decoded(*args):
+    def spy(x):
+        for chunk in chunks(x):
             sizes.append(len(chunk))
             yield chunk
 
+    class Pool(ThreadPoolExecutor):
+        def map(self, call, batches):
+            at_once.append(sum(map(len, batches)))  # so many results may wait to be written
+            return super().map(call, batches)
+
     monkeypatch.setattr(common.data, "CHUNK", 40 * 6 * 6 * 3)
-    monkeypatch.setattr(common.data, "_decoded", spy)
+    monkeypatch.setattr(common.data, "_chunks", spy)
+    monkeypatch.setattr(common.data, "ThreadPoolExecutor", Pool)
     assert same(whole, get(tmp_path / "set"))
-    assert sizes == [40, 40, 20]
+    assert sizes == at_once == [40, 40, 20]
+
+
+# ---------------------------------------------------------------------------------------------- images that are damaged
+
+
+def spoil(folder, *names):
+    """Make files unreadable in different ways; returns their paths."""
+    for i, name in enumerate(names):
+        path = folder / name
+        path.write_bytes((path.read_bytes()[:40], b"", b"not an image")[i % 3])
+    return [folder / name for name in names]
+
+
+def test_bad_images_can_be_left_out(tmp_path, get, refuse, no_decoding, capsys):
+    made = fill(tmp_path / "set", {"train/a": 70, "train/b": 3, "test/a": 2, "test/b": 2})
+    clean = fill(tmp_path / "clean/set", {"train/a": 70, "train/b": 3, "test/a": 2, "test/b": 2})
+    names = ["train/a/000.png", "train/a/065.png", "train/b/001.png", "test/b/000.png"]
+    paths = spoil(tmp_path / "set", *names)
+    for name in names:
+        del made[name], clean[name]
+        (tmp_path / "clean/set" / name).unlink()
+    for options in ({}, {"size": 4}, {"channels": "rgb"}):
+        refuse(tmp_path / "set", paths[0], "delete it", "--skip-bad-images goes on without it", **options)
+    assert not list((tmp_path / "data").rglob("*.*"))
+    capsys.readouterr()
+    data = get(tmp_path / "set", skip_bad_images=True)
+    line = "data: left out 4 of 77 images, which cannot be read: " + ", ".join(map(str, paths[:3])) + ", ...\n"
+    assert line in capsys.readouterr().out
+    assert data.skipped == 4 and describe(data).endswith(f"content {data.content[:8]}, 4 unreadable left out")
+    assert torch.equal(torch.cat([data.x_train, data.x_test]), torch.stack([chw(image) for image in made.values()]))
+    assert data.y_train.tolist() == [0] * 68 + [1] * 2 and data.y_test.tolist() == [0, 0, 1]
+    without = get(tmp_path / "clean/set")  # the same set as if they had never been there
+    assert same(data, without) and without.skipped == 0 and "unreadable" not in describe(without)
+    no_decoding()
+    again = get(tmp_path / "set", skip_bad_images=True)
+    assert same(again, data) and again.skipped == 4 and line in capsys.readouterr().out
+
+
+def test_skipping_is_another_entry_and_changes_nothing_where_all_is_well(tmp_path, get, refuse):
+    fill(tmp_path / "set", TWO)
+    strict, lenient = get(tmp_path / "set"), get(tmp_path / "set", skip_bad_images=True)
+    assert same(strict, lenient) and lenient.skipped == 0
+    stat = os.stat(tmp_path / "set/train/cat/001.png")
+    fill(tmp_path / "other/set", TWO)
+    path = tmp_path / "other/set/train/cat/001.png"
+    path.write_bytes(path.read_bytes()[:40])
+    assert get(tmp_path / "other/set", skip_bad_images=True).skipped == 1
+    refuse(tmp_path / "other/set", path)  # although its cache entry is there
+    assert stat == os.stat(tmp_path / "set/train/cat/001.png")
+
+
+def test_skipping_in_chunks_and_batches(tmp_path, get, monkeypatch):
+    made = fill(tmp_path / "set", {"train": 100, "test": 5})
+    names = [f"train/{i:03d}.png" for i in (31, 32, 39, 40, *range(64, 80))] + ["test/004.png"]  # whole batches too
+    spoil(tmp_path / "set", *names)
+    monkeypatch.setattr(common.data, "CHUNK", 40 * 6 * 6 * 3)
+    data = get(tmp_path / "set", skip_bad_images=True)
+    want = torch.stack([chw(image) for name, image in made.items() if name not in names])
+    assert torch.equal(torch.cat([data.x_train, data.x_test]), want)
+    assert (len(data.x_train), len(data.x_test), data.skipped) == (80, 4, 21) and data.y_train is None
+    train = data.x_train.double() / 255
+    assert torch.allclose(data.mean.double(), train.mean((0, 2, 3)), atol=1e-7)
+
+
+def test_what_cannot_be_skipped(tmp_path, get, refuse, monkeypatch):
+    skip = dict(skip_bad_images=True)
+    fill(tmp_path / "lost", TWO)
+    spoil(tmp_path / "lost", "train/dog/000.png", "train/dog/001.png")
+    refuse(tmp_path / "lost", "no training image of class dog", **skip)
+    fill(tmp_path / "part", TWO)
+    spoil(tmp_path / "part", *(f"test/{name}.png" for name in ("cat/000", "dog/000", "dog/001")))
+    refuse(tmp_path / "part", "none of the test images can be read", **skip)
+    fill(tmp_path / "plain", {"train": 2, "test": 2})
+    spoil(tmp_path / "plain", "train/000.png", "train/001.png")
+    refuse(tmp_path / "plain", "none of the training images can be read", **skip)
+    spoil(tmp_path / "plain", "test/000.png", "test/001.png")
+    refuse(tmp_path / "plain", "none of 4 images", "train/000.png", **skip)
+    assert os.listdir(tmp_path / "data/cache") == []
+
+    fill(tmp_path / "mixed", TWO)
+    (bad,) = spoil(tmp_path / "mixed", "train/cat/000.png")
+    save(tmp_path / "mixed/train/dog/001.png", pixels(6, 6))
+    refuse(tmp_path / "mixed", "train/dog/001.png is grey", "train/cat/001.png is in colour", **skip)
+    save(tmp_path / "mixed/train/dog/001.png", pixels(6, 7, 3))
+    refuse(tmp_path / "mixed", "cat/001.png has 6x6", "dog/001.png has 7x6", **skip)
+    assert get(tmp_path / "mixed", size=4, **skip).skipped == 1
+
+    def fail(path, *args):  # the disk, not the file
+        raise OSError(5, "Input/output error", str(path))
+
+    monkeypatch.setattr(Image, "open", fail)
+    for options in ({}, skip):
+        line = refuse(tmp_path / "part", "Input/output error", "test" if options else "train", size=5, **options)
+        assert "--skip-bad-images" not in line
+    assert bad.exists()
 
 
 # ----------------------------------------------------------------------------------------------------------- named sets
@@ -512,64 +610,65 @@ def test_digits_at_another_size_are_resized_and_cached(get, no_decoding):
     assert same(small, get("digits", size=8))
 
 
-def write_mnist(raw, n_train=30, n_test=20):
-    """The four files as torchvision unpacks them."""
-    raw.mkdir(parents=True)
-    made = {}
-    for prefix, n in (("train", n_train), ("t10k", n_test)):
-        x, y = made[prefix] = pixels(n, 28, 28, key=n), (np.arange(n) % 10).astype(np.uint8)
-        (raw / f"{prefix}-images-idx3-ubyte").write_bytes(struct.pack(">4i", 2051, n, 28, 28) + x.tobytes())
-        (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 2049, n) + y.tobytes())
-    return made
+def test_native_is_a_named_set_at_its_own_size(tmp_path, get):
+    assert get("digits").native and get("digits", size=8).native and get("digits", size=8).resize == "none"
+    assert not get("digits", size=9).native
+    fill(tmp_path / "digits", {"a": 5}, shape=(8, 8))
+    assert not get(tmp_path / "digits").native
 
 
-@pytest.fixture
-def no_network(monkeypatch):
-    def fail(*args, **kwargs):
-        assert socket.getdefaulttimeout() == 20
-        raise urllib.error.URLError("no route\nto host")
-
-    monkeypatch.setattr(urllib.request, "urlopen", fail)
+# ------------------------------------------------------------------------------------------------------------- hold out
 
 
-@pytest.mark.parametrize("name", ["mnist", "fashion_mnist"])
-def test_files_already_downloaded_need_no_network(tmp_path, get, no_network, name):
-    made = write_mnist(tmp_path / "data" / NAMED[name] / "raw")
-    data = get(name, labelled=True)
-    assert torch.equal(data.x_train[:, 0], torch.from_numpy(made["train"][0]))
-    assert torch.equal(data.x_test[:, 0], torch.from_numpy(made["t10k"][0]))
-    assert data.y_test.tolist() == made["t10k"][1].tolist() and data.num_classes == 10
-    assert (data.mean.tolist(), data.std.tolist()) == tuple(torch.tensor(v).tolist() for v in NORMALISATION[name])
-    assert data.flip == (name == "fashion_mnist")
+def key(x):
+    return [bytes(image.contiguous().numpy()) for image in x]
 
 
-def test_cifar_is_channels_first_with_the_published_statistics(get, monkeypatch):
-    import torchvision
+def test_hold_out_takes_a_share_of_every_class(tmp_path, get):
+    fill(tmp_path / "set", {"train/a": 20, "train/b": 10, "train/c": 1, "test/a": 2, "test/b": 2, "test/c": 1})
+    data = get(tmp_path / "set")
+    rest, judged = hold_out(data, 0.2, 0)
+    assert rest.y_train.bincount().tolist() == [16, 8, 1] and judged.y_test.tolist() == [0] * 4 + [1] * 2
+    assert torch.equal(rest.x_test, data.x_test) and torch.equal(rest.y_test, data.y_test)
+    assert torch.equal(rest.x_train, judged.x_train) and torch.equal(rest.y_train, judged.y_train)
+    # every image once, in the old order, with its label
+    label = dict(zip(key(data.x_train), data.y_train.tolist(), strict=True))
+    kept, held = key(rest.x_train), key(judged.x_test)
+    assert sorted(kept + held) == sorted(key(data.x_train))
+    assert kept == [image for image in key(data.x_train) if image in set(kept)]
+    assert held == [image for image in key(data.x_train) if image in set(held)]
+    assert [label[image] for image in kept] == rest.y_train.tolist()
+    assert [label[image] for image in held] == judged.y_test.tolist()
+    for part in (rest, judged):
+        assert torch.equal(part.mean, data.mean) and torch.equal(part.std, data.std)
+        assert (part.name, part.class_names, part.flip, part.resize) == (data.name, ["a", "b", "c"], True, "none")
+    assert len(data.x_train) == 31  # untouched
 
-    array = {True: pixels(7, 32, 32, 3), False: pixels(3, 32, 32, 3, key=1)}
 
-    class Fake:
-        def __init__(self, root, train, download):
-            assert download
-            self.data, self.targets, self.classes = array[train], [1] * len(array[train]), ["x", "y"]
-
-    monkeypatch.setattr(torchvision.datasets, "CIFAR100", Fake)
-    data = get("cifar100", labelled=True)
-    assert torch.equal(data.x_train, torch.from_numpy(array[True]).permute(0, 3, 1, 2))
-    assert torch.equal(data.x_test, torch.from_numpy(array[False]).permute(0, 3, 1, 2))
-    assert torch.allclose(data.mean, torch.tensor([0.5071, 0.4866, 0.4409]), atol=1e-7)
-    assert torch.allclose(data.std, torch.tensor([0.2673, 0.2564, 0.2762]), atol=1e-7)
-    small = get("cifar100", size=16)  # the table is for 32 px
-    assert torch.allclose(small.mean, (small.x_train / 255.0).mean((0, 2, 3)), atol=1e-6)
-    grey = get("cifar100", channels="grey")
-    assert torch.equal(grey.x_train[0], chw(np.asarray(Image.fromarray(array[True][0]).convert("L"))))
+def test_hold_out_depends_on_fraction_seed_and_data_alone(tmp_path, get):
+    data = load("digits")
+    one, two = (hold_out(data, 0.1, 3) for _ in range(2))
+    for a, b in zip(one, two, strict=True):
+        assert torch.equal(a.x_train, b.x_train) and torch.equal(a.x_test, b.x_test) and a.content == b.content
+    assert one[0].content == one[1].content
+    others = [hold_out(data, 0.1, 4), hold_out(data, 0.2, 3), hold_out(get("digits", size=9), 0.1, 3)]
+    assert len({data.content, one[0].content, *(rest.content for rest, _ in others)}) == 5
+    assert not torch.equal(others[0][1].x_test, one[1].x_test)
+    assert hold_out(data, 1 / 2, 0)[0].native
 
 
-@pytest.mark.parametrize("name", ["cifar100", "cifar10", "mnist", "fashion_mnist"])
-def test_no_network_is_one_line_with_the_way_out(refuse, no_network, capfd, name):
-    refuse(name, name, "no route to host", "--data at a folder with train/<class>/* and test/<class>/*")
-    assert capfd.readouterr() == ("", "")  # torchvision adds nothing
-    assert socket.getdefaulttimeout() is None
+def test_hold_out_without_labels_and_where_it_cannot(tmp_path, get):
+    fill(tmp_path / "set", {"train": 10, "test": 2})
+    rest, judged = hold_out(get(tmp_path / "set"), 0.25, 0)
+    assert (len(rest.x_train), len(rest.x_test), len(judged.x_test)) == (7, 2, 3)
+    assert rest.y_train is None and judged.y_test is None
+    fill(tmp_path / "few", {"train/a": 1, "train/b": 1, "test/a": 1, "test/b": 1})
+    digits, few = load("digits"), get(tmp_path / "few")
+    for data, fraction in ((digits, 0), (digits, 1.0), (digits, float("nan")), (digits, 1e-4), (few, 0.9)):
+        words = "too few" if fraction in (1e-4, 0.9) else "between 0 and 1"
+        with pytest.raises(UserError, match=words) as caught:
+            hold_out(data, fraction, 0)
+        assert str(fraction) in str(caught.value) and "\n" not in str(caught.value)
 
 
 # ----------------------------------------------------------------------------------------------------------- statistics

@@ -331,8 +331,6 @@ def test_finetuning_may_be_left_out(few, teacher, targets):
 def test_features_are_frozen_and_normalised_kept_or_not(few, teacher, targets, monkeypatch, cached):
     """The probe's features, of the teacher as they are and of a network."""
     seen, distilled = [], as_distilled(*real_pairs(few, targets, 0))
-    if not cached:
-        monkeypatch.setattr(common.evaluate, "CACHE_BYTES", 0)
     monkeypatch.setattr(common.evaluate, "linear_probe", lambda *args: seen.append(args) or 0.5)
     nets, embedded, few_draws = [], [], TINY.few_draws
 
@@ -343,7 +341,9 @@ def test_features_are_frozen_and_normalised_kept_or_not(few, teacher, targets, m
         return nets[-1]
 
     protocol = dataclasses.replace(TINY, runs=1, finetune_steps=0)
-    evaluate_pairs(distilled, few, *targets, make_net, CPU, protocol, 3, ("teacher", "distilled"))
+    dim = 8 * 4  # 8 channels of 2 x 2
+    cache_gb = (300 * dim * 4 - (0 if cached else 1)) / 1e9  # exactly enough, or one byte short
+    evaluate_pairs(distilled, few, *targets, make_net, CPU, protocol, 3, ("teacher", "distilled"), cache_gb)
     # test images once; training images once, or each time the draws ask for them
     assert len(embedded) == 4 * N_S + 100 + (300 if cached else few_draws * (50 + 10))
     index = torch.tensor([5, 0, 299, 5])
@@ -357,13 +357,87 @@ def test_features_are_frozen_and_normalised_kept_or_not(few, teacher, targets, m
         assert data is few and used is protocol and key == [3, 0]
 
 
-def test_scores_do_not_depend_on_the_cache(scored, few, teacher, targets, monkeypatch):
-    monkeypatch.setattr(common.evaluate, "CACHE_BYTES", 0)
+def test_scores_do_not_depend_on_the_cache(scored, few, teacher, targets):
     distilled, protocol = as_distilled(*real_pairs(few, targets, 1)), dataclasses.replace(TINY, finetune_steps=0)
     make_net = lambda: ConvNet(1, 8, 16, (4, 8))  # noqa: E731
-    scores = evaluate_pairs(distilled, few, *targets, make_net, CPU, protocol, 3, ("distilled",))
+    scores = evaluate_pairs(distilled, few, *targets, make_net, CPU, protocol, 3, ("distilled",), 0.0)
     for metric in ("match", "probe", "few_5", "few_1"):
         assert scores["distilled"][metric] == scored[0]["distilled"][metric]
+
+
+# ---------------------------------------------------------------------------------------------------- long evaluations
+
+
+def test_a_stopped_evaluation_goes_on_at_the_network_it_was_at(scored, few, targets, tmp_path, monkeypatch):
+    distilled, keep = as_distilled(*real_pairs(few, targets, 1)), tmp_path / "evaluation.json"
+    make_net = lambda: ConvNet(1, 8, 16, (4, 8))  # noqa: E731
+    original, calls = common.evaluate.score_network, []
+
+    def stop(*args):
+        calls.append(args[-2:])
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    def run(protocol=TINY, seed=3, pairs=distilled):
+        calls.clear()
+        return evaluate_pairs(pairs, few, *targets, make_net, CPU, protocol, seed, ROWS, keep=keep)
+
+    monkeypatch.setattr(common.evaluate, "score_network", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    monkeypatch.setattr(common.evaluate, "score_network", lambda *args: calls.append(args[-2:]) or original(*args))
+    assert run() == scored[0]
+    assert calls == [(3, 1), (3, 0), (3, 1), (3, 0), (3, 1)]  # from random_real's second network on
+    assert run() == scored[0] and not calls
+    more = run(dataclasses.replace(TINY, runs=3))  # a network more a row
+    assert calls == [(3, 2)] * 4 and more["none"]["match"]["values"][:2] == scored[0]["none"]["match"]["values"]
+    run(dataclasses.replace(TINY, epochs=3))  # another protocol: nothing of it was scored
+    assert len(calls) == 8
+    run(dataclasses.replace(TINY, epochs=3), seed=4)
+    assert len(calls) == 8
+    run(dataclasses.replace(TINY, epochs=3), seed=4, pairs=as_distilled(distilled.x * 1.01, distilled.y))
+    assert len(calls) == 8
+    keep.write_text("{half a file")
+    run(dataclasses.replace(TINY, epochs=3), seed=4)
+    assert len(calls) == 8
+
+
+def test_the_prediction_counts_the_steps(few, targets, monkeypatch):
+    """Every step timed as one second, every image by its batch."""
+    monkeypatch.setattr(common.evaluate, "seconds_of", lambda function, device: function() or 1.0)
+    monkeypatch.setattr(common.evaluate, "apply_chunked", lambda function, x: None)
+    monkeypatch.setattr(common.evaluate, "linear_probe", lambda *args: None)
+    monkeypatch.setattr(common.evaluate, "few_label_probe", lambda *args: None)
+    monkeypatch.setattr(common.evaluate, "fit_pairs", lambda *args, **sgd: None)
+    make_net = lambda: ConvNet(1, 8, 16, (4, 8))  # noqa: E731
+    protocol = dataclasses.replace(TINY, runs=3, epochs=7, batch=8, probe_steps=40, finetune_steps=5, finetune_batch=4)
+
+    def predict(data, rows, **changes):
+        used = dataclasses.replace(protocol, **changes)
+        return common.evaluate.predict_seconds(make_net, data, N_S, 16, CPU, used, 1.0, rows)
+
+    fit = 7 * -(-N_S // 8)
+    image, probes = 1 / 8, 40 / 20 + 1.5 * DRAWS
+    score = image * 100 + image * 300 + probes
+    tune = 5 + image * 100
+    assert predict(few, ("none",)) == pytest.approx(3 * (score + tune))
+    assert predict(few, ("random_real", "distilled")) == pytest.approx(2 * 3 * (fit + score + tune))
+    assert predict(few, ("teacher",)) == pytest.approx(3 * probes * 16 / 32)
+    assert predict(few, ("distilled",), finetune_steps=0) == pytest.approx(3 * (fit + score))
+    unlabelled = dataclasses.replace(few, y_train=None, y_test=None, class_names=[])
+    assert predict(unlabelled, ("distilled",)) == pytest.approx(3 * (fit + image * 100))
+
+
+def test_seconds_of_is_the_mean_after_a_first_call(monkeypatch):
+    class Clock:
+        now = 0.0
+
+    def function():
+        Clock.now += 10.0 if Clock.now == 0 else 0.02  # the first call also loads what it needs
+
+    monkeypatch.setattr(common.evaluate.time, "monotonic", lambda: Clock.now)
+    assert common.evaluate.seconds_of(function, CPU) == pytest.approx(0.02)
 
 
 # ------------------------------------------------------------------------------------------------------------ summaries

@@ -3,9 +3,7 @@
 import dataclasses
 import json
 import os
-import random
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,14 +11,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import refuse
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from watched import equal, same_end
 
 import common.run
 import krr_st
 from common.artefact import load_distilled
+from common.augment import crop_flip
 from common.data import load
 from common.models import ResNet
 from common.pretrain import Teacher, freeze, load_own
@@ -287,22 +288,118 @@ def test_raw_start_is_the_released_one(out_dir):
 
 
 def test_the_outer_targets_see_the_augmented_images(out_dir, monkeypatch):
-    batches, targets, crop, loss = [], [], krr_st.crop_flip, krr_st.krr_st_loss
-
-    def record(x, generator, flip):
-        assert not flip  # digits are never mirrored
-        batches.append(crop(x, generator, flip))
-        assert not torch.equal(batches[-1], x)
-        return batches[-1]
-
-    monkeypatch.setattr(krr_st, "crop_flip", record)
+    """Images and targets of a step are of one and the same crop, drawn as crop_flip draws it."""
+    images, targets, of_images, loss = [], [], krr_st.gather, krr_st.krr_st_loss
+    monkeypatch.setattr(krr_st, "gather", lambda *args: images.append(of_images(*args)) or images[-1])
     monkeypatch.setattr(krr_st, "krr_st_loss", lambda f_t, y_t, *rest: targets.append(y_t) or loss(f_t, y_t, *rest))
     main(tiny(out_dir, outer_aug="crop_flip", steps=3, eval_runs=1))
     (folder,) = (out_dir / "teachers").iterdir()
-    teacher = load_own(folder / "teacher.safetensors")
-    assert len(batches) == 3
-    for x, y_t in zip(batches, targets, strict=True):
+    teacher, data = load_own(folder / "teacher.safetensors"), load("digits", data_dir="data")
+    assert len(images) == len(targets) == 3
+    for step, (x, y_t) in enumerate(zip(images, targets, strict=True)):
+        plain = data.x_train[batch_index(step, len(data.x_train), 64, 0)]
+        assert torch.equal(x, crop_flip(plain, common.run.rng("crop flip", 0, step), False))  # digits: no mirror
+        assert not torch.equal(x, plain)
         torch.testing.assert_close(y_t, teacher.targets(x, torch.device("cpu")))
+
+
+@pytest.fixture(scope="module")
+def augmented_end(teachers, tmp_path_factory):
+    """The end of a run with --outer-aug crop_flip whose cache holds everything."""
+    out_dir = tmp_path_factory.mktemp("augmented") / "runs"
+    shutil.copytree(teachers[0] / "teachers", out_dir / "teachers")
+    result = main(tiny(out_dir, outer_aug="crop_flip", batch_real=700, eval_runs=1))
+    assert result["target_cache"]["hits"] > 0 and result["target_cache"]["misses"] < 700 * 12
+    return only_run(out_dir)
+
+
+@pytest.mark.parametrize("change", [dict(cache_gb=0.0), dict(cache_gb=1e-4), dict(cache_device="cpu")])
+def test_the_cache_of_augmented_targets_changes_nothing(out_dir, augmented_end, change):
+    result = main(tiny(out_dir, outer_aug="crop_flip", batch_real=700, eval_runs=1, **change))
+    same_end(only_run(out_dir), augmented_end)
+    if change == dict(cache_gb=0.0):
+        assert result["target_cache"] == dict(hits=0, misses=4 * 1437)  # twelve steps are four epochs
+
+
+def test_targets_kept_in_bf16_are_another_method(out_dir, augmented_end):
+    main(tiny(out_dir, outer_aug="crop_flip", batch_real=700, eval_runs=1, cache_precision="bf16"))
+    a, b = (load_distilled(folder / "distilled.safetensors") for folder in (only_run(out_dir), augmented_end))
+    assert not torch.equal(a.x, b.x)
+    torch.testing.assert_close(a.y, b.y, rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_chunks_are_exact(out_dir, monkeypatch, precision):
+    """The gradient of five images two by two is that of all at once, up to the order of a convolution's sums."""
+    main(tiny(out_dir, steps=2, eval_runs=1, precision=precision))
+    whole = load_distilled(only_run(out_dir) / "distilled.safetensors")
+    shutil.rmtree(only_run(out_dir))
+    seen, chunked = [], krr_st.features_chunked
+    monkeypatch.setattr(krr_st, "features_chunked", lambda *args: seen.append(args[2]) or chunked(*args))
+    main(tiny(out_dir, steps=2, eval_runs=1, precision=precision, chunk=2))
+    assert seen == [2, 2]
+    parts = load_distilled(only_run(out_dir) / "distilled.safetensors")
+    close = dict(rtol=1e-3, atol=1e-4) if precision == "fp32" else dict(rtol=0.1, atol=0.1)
+    torch.testing.assert_close(parts.x, whole.x, **close)
+    torch.testing.assert_close(parts.y, whole.y, **close)
+
+
+def test_the_chunk_is_what_fits_the_memory(out_dir, monkeypatch):
+    """As much memory as all but two of five images need: chosen once, recorded, and kept by a resumed run."""
+    args = dataclasses.replace(tiny(out_dir), ridge_precision="auto")
+    data = load("digits", data_dir="data")
+    make_net = lambda: krr_st.ConvNet(1, 8, 16, args.widths, args.norm)  # noqa: E731
+    image, phases = krr_st.memory_needs(make_net, data, 16, common.run.fill(args, krr_st.DIGITS))
+    rest = sum(phases["outer loop"].values())
+    for module in (krr_st, common.run):
+        monkeypatch.setattr(module, "available_memory", lambda device: rest + 3 * image + 1)
+    main(args)
+    assert json.loads((only_run(out_dir) / "args.json").read_text())["chunk"] == 3
+    monkeypatch.undo()
+    assert main(common.run.load_args(Args, only_run(out_dir)))["args"]["chunk"] == 3
+
+
+def test_no_weight_of_the_pool_takes_a_gradient_in_the_outer_pass(out_dir, monkeypatch):
+    original, seen = torch.autograd.grad, []
+
+    def grad(loss, inputs):
+        todo, nodes = [loss.grad_fn], set()
+        while todo:
+            node = todo.pop()
+            if node is None or node in nodes:
+                continue
+            nodes.add(node)
+            todo += [parent for parent, _ in node.next_functions]
+        leaves = [node.variable for node in nodes if hasattr(node, "variable")]
+        seen.append({id(leaf) for leaf in leaves} == {id(x) for x in inputs})
+        return original(loss, inputs)
+
+    monkeypatch.setattr(torch.autograd, "grad", grad)
+    main(tiny(out_dir, steps=3, eval_runs=1))
+    assert seen == [True] * 3
+
+
+def test_images_held_out_are_seen_by_nothing_but_the_curve(out_dir, monkeypatch):
+    seen, trained = [], []
+    evaluate, teacher = krr_st.evaluate_pairs, krr_st.train_teacher
+    monkeypatch.setattr(krr_st, "evaluate_pairs", lambda *args: seen.append(args) or evaluate(*args))
+    monkeypatch.setattr(krr_st, "train_teacher", lambda data, *a, **k: trained.append(data) or teacher(data, *a, **k))
+    main(tiny(out_dir, holdout=0.25, eval_every=6, eval_runs=1))
+    whole = load("digits", data_dir="data")
+    curve, final = (args[1] for args in seen)
+    assert len(curve.x_test) == len(whole.x_train) - len(final.x_train) > 300
+    assert torch.equal(final.x_test, whole.x_test) and torch.equal(curve.x_train, final.x_train)
+    assert trained == [final]
+    everything = {bytes(x.numpy()) for x in whole.x_train}
+    held, used = ({bytes(x.contiguous().numpy()) for x in part} for part in (curve.x_test, final.x_train))
+    assert held | used == everything and len(held & used) == 0
+    points = json.loads((only_run(out_dir) / "curve.json").read_text())
+    assert [point["step"] for point in points] == [6]  # the last is of other images, and in the table
+
+
+def test_a_checkpoint_by_the_clock_changes_nothing(out_dir, teachers):
+    main(tiny(out_dir, save_minutes=1e-9))  # at every step
+    same_end(only_run(out_dir), only_run(teachers[0]))
 
 
 def two_steps(out_dir, monkeypatch, **changes):
@@ -409,30 +506,6 @@ def test_importing_does_nothing(tmp_path):
 # -------------------------------------------------------------------------------------------------------------- resume
 
 
-def same_end(folder_a: Path, folder_b: Path) -> None:
-    """Bit-identical tensors and results; times, commits and paths may differ."""
-    for name in ("distilled.safetensors",):
-        a, b = load_file(folder_a / name), load_file(folder_b / name)
-        assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-    a, b = (common.run.load_checkpoint(folder / "checkpoint.pt") for folder in (folder_a, folder_b))
-    for name in ("optimizer", "pool", "schedule", "curve", "history", "step"):
-        assert equal(a[name], b[name]), name
-    a, b = (json.loads((folder / "result.json").read_text()) for folder in (folder_a, folder_b))
-    assert a["eval"] == b["eval"] and a["loss_of_mean"] == b["loss_of_mean"]
-    a, b = (json.loads((folder / "curve.json").read_text()) for folder in (folder_a, folder_b))
-    assert a == b
-
-
-def equal(a, b) -> bool:
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(equal, a, b))
-    return a == b
-
-
 @pytest.mark.parametrize("at", [0, 3, 5, 11])
 def test_a_resumed_run_ends_as_if_it_had_not_stopped(out_dir, teachers, at, monkeypatch):
     def stop(step, *rest):
@@ -489,87 +562,6 @@ def test_another_teacher_on_resume_is_refused(out_dir):
         main(common.run.load_args(Args, folder))
 
 
-KILLER = """
-import io, os, signal, sys
-import torch
-import common.evaluate, common.pretrain, common.run, krr_st
-
-name, nth = os.environ["KILL"].split(":")  # the nth call of this function, in this process, never returns
-calls = {}
-
-def kill_if_due(what):
-    calls[what] = calls.get(what, 0) + 1
-    if what == name and calls[what] == int(nth):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-def watch(module, what):
-    original = getattr(module, what)
-    def wrapped(*args, **kwargs):
-        kill_if_due(what)
-        return original(*args, **kwargs)
-    setattr(module, what, wrapped)
-
-watch(common.pretrain, "two_views")  # teacher steps
-watch(krr_st, "batch_index")         # outer steps
-watch(os, "replace")                 # written, not yet renamed
-watch(common.evaluate, "score_network")
-
-def save(state, path):               # torch.save, killed half-way through the file
-    buffer = io.BytesIO()
-    original_save(state, buffer)
-    data = buffer.getvalue()
-    with open(path, "wb") as file:
-        file.write(data[: len(data) // 2])
-        file.flush()
-        kill_if_due("teacher_save" if "/teachers/" in str(path) else "run_save")
-        file.write(data[len(data) // 2 :])
-
-original_save, torch.save = torch.save, save
-common.run.cli(krr_st.main, krr_st.Args)
-"""
-
-
-def run_until(kill: str, words: list[str]) -> int:
-    env = os.environ | {"PYTHONPATH": str(REPO), "KILL": kill}
-    done = subprocess.run([sys.executable, "-c", KILLER, *words], capture_output=True, text=True, env=env)
-    assert done.returncode in (0, -signal.SIGKILL), done.stderr
-    return done.returncode
-
-
-@pytest.mark.slow
-def test_five_kills_and_resumes_end_bit_identical(tmp_path):
-    """SIGKILL in the teacher, inside two checkpoint writes, between steps and in the evaluation; resumed each time."""
-    draw = random.Random(0).randint
-    flags = dict(TINY, steps=40, eval_every=15, teacher_epochs=4, teacher_batch=256)
-    words = [
-        w
-        for k, v in flags.items()
-        for w in f"--{k.replace('_', '-')} {v}".replace("(", "").replace(")", "").replace(",", "").split()
-    ]
-    straight, killed = tmp_path / "straight", tmp_path / "killed"
-    assert run_until("nothing:0", [*words, "--out-dir", str(straight)]) == 0
-    kills = [
-        f"two_views:{draw(6, 9)}",  # in the second epoch of five steps: the teacher has one checkpoint
-        f"teacher_save:{draw(1, 2)}",  # half of the teacher's next checkpoint is on disk
-        f"batch_index:{draw(6, 14)}",
-        f"run_save:{draw(2, 3)}",  # half of a checkpoint of the run is on disk
-        f"replace:{draw(2, 5)}",  # a complete temporary file, not renamed
-        f"score_network:{draw(2, 5)}",
-    ]
-    assert run_until(kills[0], [*words, "--out-dir", str(killed)]) == -signal.SIGKILL
-    folder = only_run(killed)
-    for kill in kills[1:]:
-        assert run_until(kill, ["--resume", str(folder)]) == -signal.SIGKILL, kill
-        (teacher,) = (killed / "teachers").iterdir()
-        half = {"teacher_save": teacher, "run_save": folder}.get(kill.split(":")[0])
-        assert half is None or list(half.glob(".checkpoint.pt.*.tmp")), kill  # it was killed inside the write
-    assert run_until("nothing:0", ["--resume", str(folder)]) == 0
-    same_end(folder, only_run(straight))
-    (a,), (b,) = (list((d / "teachers").iterdir()) for d in (straight, killed))
-    assert a.name == b.name
-    assert equal(load_file(a / "teacher.safetensors"), load_file(b / "teacher.safetensors"))
-
-
 @pytest.mark.slow
 def test_the_default_run_beats_random_real_images(tmp_path):
     """`python krr_st.py` as a user runs it, teacher included: the claim of the README's digits table."""
@@ -587,84 +579,12 @@ def test_the_default_run_beats_random_real_images(tmp_path):
     assert np.mean(loss[-10:]) < 0.9 * np.mean(loss[:10]) < 0.9 * loss[0]
 
 
-# ----------------------------------------------------------------------------------------------------------- bad input
+# --------------------------------------------------------------------------------------------------------------- flags
 
 
-def refused(monkeypatch, capsys, *words) -> str:
-    """The one line on the error stream of a command that must exit with 2."""
-    monkeypatch.setattr(sys, "argv", ["krr_st.py", *map(str, words)])
-    with pytest.raises(SystemExit) as stop:
-        common.run.cli(main, Args)
-    err = capsys.readouterr().err
-    assert stop.value.code == 2, err
-    lines = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1 and "Traceback" not in err
-    return lines[0]
-
-
-def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys):
-    def check(*words: str | Path) -> str:
-        return refused(monkeypatch, capsys, "--out-dir", tmp_path / "runs", "--data-dir", tmp_path / "data", *words)
-
-    assert "did you mean digits" in check("--data", "digit")
-    assert "--num-images 0" in check("--num-images", 0)
-    for flag in (
-        "--steps",
-        "--batch-real",
-        "--save-every",
-        "--log-every",
-        "--pool",
-        "--max-age",
-        "--eval-runs",
-        "--teacher-batch",
-    ):
-        assert f"{flag} 0: must be at least 1" in check(flag, 0)
-    assert "--size 3: must be at least 4" in check("--size", 3)
-    assert "--num-images 1438: must be 1 to 1437" in check("--num-images", 1438)
-    assert "--widths" in check("--widths", 8)
-    assert "--preset nope" in check("--preset", "nope")
-    assert "--device cuda:99" in check("--device", "cuda:99")
-    assert "published teacher" in check("--preset", "imagenette", "--num-images", 5, "--widths", 8, 8)
-    (tmp_path / "empty").mkdir()
-    assert "empty" in check("--data", tmp_path / "empty")
-    (tmp_path / "file").write_text("")
-    assert "--out-dir" in check("--out-dir", tmp_path / "file")
-    assert "no readable args.json" in check("--resume", tmp_path / "nowhere")
-    assert not (tmp_path / "runs").exists()  # nothing was begun
-    assert "no such file" in check("--teacher", tmp_path / "none.pt")
-    torch.save({"x": torch.zeros(1000)}, tmp_path / "broken.pt")
-    (tmp_path / "broken.pt").write_bytes((tmp_path / "broken.pt").read_bytes()[:2000])
-    assert "not a readable checkpoint" in check("--teacher", tmp_path / "broken.pt")
-
-
-def test_named_sets_without_a_network_name_the_folder_alternative(tmp_path, monkeypatch, capsys):
-    import urllib.request
-    from urllib.error import URLError
-
-    def no_network(*args, **kwargs):
-        raise URLError("no network in this test")
-
-    monkeypatch.setattr(urllib.request, "urlopen", no_network)
-    line = refused(monkeypatch, capsys, "--data", "cifar100", "--data-dir", tmp_path)
-    assert "cifar100" in line and "train/<class>" in line
-
-
-def test_resume_refuses_changed_flags_and_broken_checkpoints(out_dir, monkeypatch, capsys):
-    main(tiny(out_dir))
-    folder = only_run(out_dir)
-    before = (folder / "checkpoint.pt").read_bytes()
-    assert "--lr-img was 0.1, now 0.5" in refused(monkeypatch, capsys, "--resume", folder, "--lr-img", 0.5)
-    assert (folder / "checkpoint.pt").read_bytes() == before
-    (folder / "checkpoint.pt").write_bytes(before[: len(before) // 2])
-    assert "not a readable checkpoint" in refused(monkeypatch, capsys, "--resume", folder)
-
-
-def test_a_loss_that_is_not_finite_stops_the_run(out_dir, monkeypatch, capsys):
-    words = [w for k, v in TINY.items() if k != "widths" for w in (f"--{k.replace('_', '-')}", v)]
-    line = refused(
-        monkeypatch, capsys, *words, "--widths", 4, 4, "--out-dir", out_dir, "--lr-label", 1e20, "--steps", 40
-    )
-    assert "step 2: " in line and "m = 5" in line and "d = 17" in line and "lam = inf" in line and "ridge" in line
+def test_a_preset_that_needs_a_published_teacher_says_so(tmp_path):
+    call = lambda: main(tiny(tmp_path, preset="imagenette", widths=(8, 8), teacher=None))  # noqa: E731
+    refuse(call, "published teacher", "--teacher FILE")
 
 
 def test_args_document_themselves():
@@ -676,5 +596,5 @@ def test_args_document_themselves():
         assert after.lstrip().startswith('"""'), name
     for preset in krr_st.PRESETS.values():
         assert all(fields[name].default is None for name in preset)
-    open_flags = {n for n, f in fields.items() if f.default is None} - {"size", "preset", "resume"}
+    open_flags = {n for n, f in fields.items() if f.default is None} - {"size", "preset", "resume", "chunk"}
     assert all(set(preset) == open_flags for preset in krr_st.PRESETS.values())

@@ -4,7 +4,9 @@ import argparse
 import dataclasses
 import json
 import math
+import os
 import shlex
+import signal
 import subprocess
 import sys
 import types
@@ -18,10 +20,14 @@ from safetensors.torch import save_file
 from torch import nn
 
 import common.pretrain
+import common.run
+from common.artefact import save_distilled
+from common.augment import draw_variants, num_variants
 from common.data import load, normalise
 from common.models import ResNet
 from common.pretrain import (
     IMAGENET,
+    AugmentedTargets,
     Teacher,
     barlow_loss,
     cosine_lr,
@@ -31,6 +37,7 @@ from common.pretrain import (
     projector,
     train_teacher,
 )
+from common.run import Stopped, all_finite, catch_signals, rng, seed_of
 
 F64 = torch.float64
 CPU = torch.device("cpu")
@@ -207,6 +214,11 @@ def test_a_trained_teacher_is_not_trained_again(trained, few, monkeypatch):
     assert same(again, teacher) and again.info == teacher.info
 
 
+def test_how_often_it_is_saved_does_not_make_another_teacher(trained, few, monkeypatch):
+    monkeypatch.setattr(common.pretrain, "barlow_loss", forbid)
+    assert same(train_teacher(few, trained[1], CPU, **TINY, save_minutes=1.0), trained[0])
+
+
 @pytest.mark.parametrize(
     "change",
     [dict(seed=1), dict(epochs=4), dict(lr=0.2), dict(stem_padding=1), dict(crop_min=0.5), dict(eta=0.02),
@@ -256,6 +268,99 @@ def test_a_stopped_teacher_goes_on_bit_for_bit(trained, few, monkeypatch, tmp_pa
     assert resumed.info | {"seconds": 0} == teacher.info | {"seconds": 0}
 
 
+@pytest.fixture
+def handlers():
+    """Puts back what catch_signals replaces."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    catch_signals()
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def signal_at(monkeypatch, number, at):
+    """The process gets the signal while it draws the views of the `at`-th step from now (1: the next); counts steps."""
+    steps, whole = [], common.augment.two_views
+
+    def two_views(*args):
+        steps.append(args[1].initial_seed())
+        if len(steps) == at:
+            os.kill(os.getpid(), number)
+        return whole(*args)
+
+    catch_signals()
+    monkeypatch.setattr(common.pretrain, "two_views", two_views)
+    return steps
+
+
+def test_signals_at_any_step_change_nothing(trained, few, monkeypatch, tmp_path, handlers):
+    """Sessions of 1, 1, 1 and 2 steps: stops within an epoch, at an epoch's end, after one within; then the rest."""
+    done, seeds = [], []
+    for number, at in ((signal.SIGTERM, 1), (signal.SIGINT, 1), (signal.SIGTERM, 1), (signal.SIGINT, 2)):
+        steps = signal_at(monkeypatch, number, at)
+        with pytest.raises(Stopped):
+            train_teacher(few, tmp_path, CPU, **TINY)
+        (path,) = tmp_path.rglob("checkpoint.pt")
+        done.append(common.run.load_checkpoint(path)["step"])
+        seeds += steps
+        torch.rand(5)  # the global generator is elsewhere by now
+    assert done == [1, 2, 3, 5] and not list(tmp_path.rglob("*.safetensors"))
+    steps = signal_at(monkeypatch, signal.SIGTERM, 0)  # never
+    resumed = train_teacher(few, tmp_path, CPU, **TINY)
+    seeds += steps
+    assert seeds == [seed_of("teacher views", 0, epoch, i) for epoch in range(3) for i in range(2)]
+    assert same(resumed, trained[0]) and not path.exists()
+    assert resumed.info | {"seconds": 0} == trained[0].info | {"seconds": 0}
+
+
+def test_a_signal_in_the_last_step_finds_the_teacher_finished(trained, few, monkeypatch, tmp_path, handlers):
+    signal_at(monkeypatch, signal.SIGTERM, 6)
+    with pytest.raises(Stopped):
+        train_teacher(few, tmp_path, CPU, **TINY)
+    catch_signals()
+    monkeypatch.setattr(common.pretrain, "barlow_loss", forbid)
+    assert same(train_teacher(few, tmp_path, CPU, **TINY), trained[0])
+    (folder,) = tmp_path.iterdir()
+    assert [file.name for file in folder.iterdir()] == ["teacher.safetensors"]
+
+
+@pytest.mark.parametrize(("due", "expected"), [((), [2, 4]), ((1, 2, 5), [1, 2, 4, 5]), (range(7), [1, 2, 3, 4, 5])])
+def test_checkpoints_at_epochs_and_on_time(trained, few, monkeypatch, tmp_path, due, expected):
+    """Six steps, two an epoch; `due`: after which of them the time has come."""
+    steps, saved, starts, write = [0], [], [], common.run.write_atomic
+
+    class Clock(common.run.Interval):
+        def start(self):
+            starts.append(steps[0])
+
+        def due(self):
+            return steps[0] in due
+
+    def write_atomic(path, writer):
+        write(path, writer)
+        if path.name == "checkpoint.pt":
+            saved.append(common.run.load_checkpoint(path)["step"])
+
+    def optimise(*args):
+        steps[0] += 1
+        lars_(*args)
+
+    monkeypatch.setattr(common.pretrain, "Interval", Clock)
+    monkeypatch.setattr(common.pretrain, "lars_", optimise)
+    monkeypatch.setattr(common.pretrain, "write_atomic", write_atomic)
+    assert same(train_teacher(few, tmp_path, CPU, **TINY), trained[0])
+    assert saved == expected
+    assert starts == [0, *expected]  # the time runs anew from each
+
+
+def test_the_time_between_checkpoints_is_in_minutes(few, monkeypatch, tmp_path):
+    asked, whole = [], common.run.Interval
+    monkeypatch.setattr(common.pretrain, "Interval", lambda minutes: asked.append(minutes) or whole(minutes))
+    train_teacher(few, tmp_path, CPU, **TINY | dict(epochs=1))
+    train_teacher(few, tmp_path, CPU, **TINY | dict(epochs=1, seed=1), save_minutes=2.5)
+    assert asked == [10.0, 2.5]
+
+
 def test_the_loss_falls_on_digits(digits, monkeypatch, tmp_path):
     losses, whole = [], common.pretrain.barlow_loss
 
@@ -273,8 +378,76 @@ def test_the_loss_falls_on_digits(digits, monkeypatch, tmp_path):
 
 def test_a_diverged_teacher_is_refused(few, monkeypatch, tmp_path):
     monkeypatch.setattr(common.pretrain, "barlow_loss", lambda z_1, z_2, _: (z_1 * torch.nan).sum())
-    refuse(lambda: train_teacher(few, tmp_path, CPU, **TINY), "loss is nan", "--teacher-lr")
-    assert not list(tmp_path.rglob("*.safetensors"))
+    line = refuse(lambda: train_teacher(few, tmp_path, CPU, **TINY), "epoch 1, step 2: loss is nan", "--teacher-lr")
+    assert "learning rate 0.075);" in line  # the second of two warm-up steps to 0.3 * 128 / 256
+    (folder,) = tmp_path.iterdir()
+    assert str(folder) in line and not list(folder.iterdir())
+
+
+@pytest.mark.parametrize("at", [3, 6])
+@pytest.mark.parametrize("of", ["loss", "weight"])
+def test_what_is_not_finite_is_never_saved(trained, few, monkeypatch, tmp_path, handlers, at, of):
+    """In the third step, which a signal ends, and in the last; a weight's while the loss is still finite."""
+    steps = signal_at(monkeypatch, signal.SIGTERM, at if at == 3 else 0)
+
+    def loss(*args):
+        return barlow_loss(*args) * (torch.nan if len(steps) == at else 1)
+
+    def optimise(params, *rest):
+        lars_(params, *rest)
+        if len(steps) == at:
+            params[0].grad[0] = torch.inf
+
+    name, fault = {"loss": ("barlow_loss", loss), "weight": ("lars_", optimise)}[of]
+    with monkeypatch.context() as patch:
+        patch.setattr(common.pretrain, name, fault)
+        epoch = (at + 1) // 2
+        line = refuse(lambda: train_teacher(few, tmp_path, CPU, **TINY), f"epoch {epoch}, step {at}:", "not finite")
+    terms = dict(part.rsplit(" ", 1) for part in line[line.index("(") + 1 : line.index(")")].split(", "))
+    assert list(terms) == ["diagonal", "off-diagonal", "learning rate"]
+    assert all(0 < float(value) < 1e3 for value in terms.values())
+    (path,) = tmp_path.rglob("*.*")
+    state = common.run.load_checkpoint(path)
+    assert path.name == "checkpoint.pt" and state["step"] == 2 * (epoch - 1) and all_finite(state)
+    signal_at(monkeypatch, signal.SIGTERM, 0)
+    assert same(train_teacher(few, tmp_path, CPU, **TINY), trained[0])
+
+
+def test_a_checkpoint_that_does_not_fit_is_named(few, monkeypatch, tmp_path, handlers):
+    signal_at(monkeypatch, signal.SIGTERM, 1)
+    with pytest.raises(Stopped):
+        train_teacher(few, tmp_path, CPU, **TINY)
+    (path,) = tmp_path.rglob("checkpoint.pt")
+    whole, state = path.read_bytes(), common.run.load_checkpoint(path)
+    catch_signals()
+    monkeypatch.setattr(common.pretrain, "barlow_loss", forbid)
+
+    def check(*words):
+        refuse(
+            lambda: train_teacher(few, tmp_path, CPU, **TINY), str(path), "delete it to train the teacher anew", *words
+        )
+
+    for damaged in (whole[: len(whole) // 2], b"", b"<html>"):
+        path.write_bytes(damaged)
+        check("unreadable")
+    older = {key: value for key, value in state.items() if key not in ("format", "step")} | {"epoch": 1}
+    wider = state | {"net": ResNet("resnet10", 1, 8).state_dict()}
+    other = state | {"optimizer": torch.optim.SGD([torch.zeros(2)], lr=1.0).state_dict()}
+    without = {key: value for key, value in state.items() if key != "step"}
+    for foreign, word in (
+        (older, "format None"),
+        ({"format": "krr_st 1", "step": 3}, "format krr_st 1"),
+        (wider, "size mismatch"),
+        (other, "parameter group"),
+        (without, "'step'"),
+        ([torch.zeros(2)], "list"),
+    ):
+        torch.save(foreign, path)
+        check(word)
+    path.write_bytes(whole)
+    monkeypatch.setattr(nn.Module, "load_state_dict", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("full")))
+    with pytest.raises(torch.OutOfMemoryError):  # of the device: the checkpoint is good
+        train_teacher(few, tmp_path, CPU, **TINY)
 
 
 def test_views_are_drawn_without_flips_for_digits(few, monkeypatch, tmp_path):
@@ -346,9 +519,216 @@ def test_targets_are_cached_by_content_split_and_weights(trained, few, tmp_path,
     assert torch.equal(fewer, teacher.targets(few.x_test[:5], CPU))
 
 
+def test_targets_of_a_folder_that_is_read_only_are_computed(trained, few, tmp_path, monkeypatch, capsys):
+    teacher = dataclasses.replace(trained[0], folder=tmp_path)
+    expected = teacher.targets(few.x_test, CPU)
+    monkeypatch.setattr(common.pretrain.os, "access", lambda path, mode: (path, mode) != (tmp_path, os.W_OK))
+    assert torch.equal(teacher.cached_targets(few.x_test, few.content, "test", CPU), expected)
+    assert not list(tmp_path.iterdir())
+    (note,) = capsys.readouterr().out.splitlines()
+    assert str(tmp_path) in note and "read-only" in note and "test" in note
+    monkeypatch.undo()
+    teacher.cached_targets(few.x_test, few.content, "test", CPU)
+    monkeypatch.setattr(common.pretrain.os, "access", lambda *_: False)
+    with monkeypatch.context() as patch:
+        patch.setattr(Teacher, "targets", forbid)  # what is there is read
+        assert torch.equal(teacher.cached_targets(few.x_test, few.content, "test", CPU), expected)
+        assert capsys.readouterr().out == ""
+
+    def denied(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(common.pretrain, "load_file", denied)
+    assert torch.equal(teacher.cached_targets(few.x_test, few.content, "test", CPU), expected)
+    assert "Permission denied" in capsys.readouterr().out
+
+
+def test_targets_that_a_full_disk_refuses_stop_the_run(trained, few, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(common.pretrain, "save_file", full)
+    teacher = dataclasses.replace(trained[0], folder=tmp_path)
+    refuse(lambda: teacher.cached_targets(few.x_test, few.content, "test", CPU), "No space left", str(tmp_path))
+
+
 def save_bytes(tensors, folder):
     save_file(tensors, folder / "scratch")
     return (folder / "scratch").read_bytes()
+
+
+# ---------------------------------------------------------------------------------------------------- augmented targets
+
+
+def plain(net, channels):
+    """A Teacher that is nothing but this network."""
+    mean, std = torch.linspace(0.3, 0.5, channels), torch.linspace(0.2, 0.3, channels)
+    return Teacher(net.requires_grad_(False), net.dim, mean, std, "plain", {}, None)
+
+
+def crops(pixels, flip):
+    """Every variant of every image, image by image, variants in their order: shifts down, then right, then mirrored."""
+    size = pixels.shape[-1]
+    pad = 4 if size >= 28 else 1
+    for image in nn.functional.pad(pixels, (pad, pad, pad, pad)):
+        for dy in range(2 * pad + 1):
+            for dx in range(2 * pad + 1):
+                crop = image[:, dy : dy + size, dx : dx + size]
+                yield crop
+                if flip:
+                    yield crop.flip(2)
+
+
+@pytest.fixture(scope="module")
+def mirrored():
+    """(teacher, three colour images of 32 px, True, their features (3, 162, 16) in chunks of 64)."""
+    pixels = torch.randint(0, 256, (3, 3, 32, 32), generator=gen(), dtype=torch.uint8)
+    return described(plain(resnet("resnet10", width=2), 3), pixels, True)
+
+
+@pytest.fixture(scope="module")
+def upright(few):
+    """The same of eleven digits of 8 px, nine variants each."""
+    return described(plain(resnet("resnet10", width=2, channels=1), 1), few.x_train[:11], False)
+
+
+def described(teacher, pixels, flip):
+    x = torch.stack(list(crops(pixels, flip)))
+    n, padded = len(x), torch.cat([x, x[: -len(x) % 64]])  # in the cache's chunks: the last bits depend on their size
+    features = torch.cat([teacher.features(part, CPU) for part in padded.split(64)])[:n]
+    assert (features > 0).float().mean() > 0.3 and len(features.unique(dim=0)) > 0.9 * n
+    return teacher, pixels, flip, features.view(len(pixels), n // len(pixels), -1)
+
+
+@pytest.fixture(params=["mirrored", "upright"])
+def case(request):
+    return request.getfixturevalue(request.param)
+
+
+def drawn(case, calls, n=40):
+    """index and variant (n,) of each call, as a script draws them; some pairs come twice in a call."""
+    pixels, flip = case[1:3]
+    for step in range(calls):
+        index = torch.randint(len(pixels), (n,), generator=rng("index", step))
+        variant = draw_variants(n, pixels.shape[-1], flip, rng("variant", step))
+        index[n // 2], variant[n // 2] = index[0], variant[0]
+        yield index, variant
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_augmented_targets_are_the_features_of_the_crops(case, precision, share):
+    """With no cache, one for a third of the pairs and one for all: the same numbers, exactly, and honest counts."""
+    teacher, pixels, flip, expected = case
+    pairs, row = expected.shape[0] * expected.shape[1], teacher.dim * (4 if precision == "fp32" else 2)
+    capacity = int(share * pairs)
+    gigabytes = (4 * pairs + capacity * row + 0.5) / 1e9 if capacity else 0.0
+    targets = AugmentedTargets(teacher, pixels, flip, CPU, gigabytes=gigabytes, precision=precision)
+    kept, misses, rates = set(), 0, []
+    for index, variant in drawn(case, 12):
+        asked, state = (index.clone(), variant.clone()), torch.get_rng_state()
+        got = targets(index, variant)
+        assert torch.equal(torch.get_rng_state(), state) and index.equal(asked[0]) and variant.equal(asked[1])
+        wanted = expected[index, variant]
+        assert torch.equal(got, wanted.bfloat16().float() if precision == "bf16" else wanted)
+        assert got.dtype == torch.float32 and not got.requires_grad and not got.is_inference()
+        new = sorted(set(zip(index.tolist(), variant.tolist(), strict=True)) - kept)
+        misses += len(new)
+        kept |= set(new[: capacity - len(kept)])
+        rates.append(targets.hit_rate())
+        assert rates[-1] == pytest.approx(1 - len(new) / len(index))
+    assert (targets.hits, targets.misses) == (12 * 40 - misses, misses)
+    assert targets.used == len(kept) <= targets.capacity == capacity
+    assert rates[0] < 0.6 and (share < 1 or rates[-1] > rates[0])
+    assert targets.hit_rate() == 0
+
+
+@pytest.mark.parametrize(("precision", "width"), [("fp32", 4), ("bf16", 2)])
+def test_the_cache_keeps_to_its_bytes(upright, precision, width):
+    teacher, pixels, flip, _ = upright
+    pairs, row = 99, 16 * width
+
+    def capacity(size):
+        targets = AugmentedTargets(teacher, pixels, flip, CPU, gigabytes=(size + 0.5) / 1e9, precision=precision)
+        taken = targets.table.nbytes + targets.store.nbytes
+        assert taken <= size and targets.store.dtype == {4: torch.float32, 2: torch.bfloat16}[width]
+        return targets.capacity, taken
+
+    assert capacity(4 * pairs + 7 * row) == (7, 4 * pairs + 7 * row)
+    assert capacity(4 * pairs + 7 * row - 1) == (6, 4 * pairs + 6 * row)
+    assert capacity(4 * pairs + row) == (1, 4 * pairs + row)
+    for size in (4 * pairs + row - 1, 4 * pairs, 4 * pairs - 1, 0):
+        assert capacity(size) == (0, 0)  # no table either
+    assert capacity(4 * pairs + pairs * row)[0] == capacity(10**9)[0] == pairs
+
+
+def test_the_cache_says_what_it_is(upright):
+    def line(gigabytes, **options):
+        return AugmentedTargets(*upright[:3], CPU, gigabytes=gigabytes, **options).describe()
+
+    assert line(1.0) == "targets: cache for 100% of 99 pairs (image, variant) in 0.0 GB (cpu, torch.float32)"
+    assert "cache for 30% of" in line((4 * 99 + 30 * 32 + 0.5) / 1e9, precision="bf16")
+    assert "no cache (its table alone does not fit into 3e-07 GB)" in line(3e-7)
+    assert line(0.0) == "targets: no cache, the teacher computes all of 99 pairs (image, variant)"
+
+
+def test_the_cache_does_not_change_what_is_drawn(upright):
+    """4,000 draws: each of the 99 pairs as often as chance has it, and each comes back as itself."""
+    teacher, pixels, flip, expected = upright
+    assert num_variants(8, False) == expected.shape[1] == 9
+    targets = AugmentedTargets(teacher, pixels, flip, CPU, gigabytes=(4 * 99 + 50 * 64 + 0.5) / 1e9)
+    counts = torch.zeros(11, 9)
+    for index, variant in drawn(upright, 100):
+        near = torch.cdist(targets(index, variant).double(), expected.flatten(0, 1).double()).argmin(1)
+        counts.view(-1).index_add_(0, near, torch.ones(len(near)))
+    without = torch.zeros(11, 9)
+    for index, variant in drawn(upright, 100):
+        without.index_put_((index, variant), torch.ones(len(index)), accumulate=True)
+    assert torch.equal(counts, without)
+    assert (counts - 4000 / 99).abs().max() < 5 * math.sqrt(4000 / 99)
+
+
+@pytest.mark.parametrize(
+    ("threads", "arch", "width", "size", "channels"),
+    [(1, "resnet10", 2, 8, 1), (1, "resnet10", 8, 8, 1), (1, "resnet10", 16, 8, 1), (1, "resnet10", 16, 32, 3),
+     (1, "resnet18", 16, 32, 3), (2, "resnet18", 16, 32, 3), (1, "resnet18", 64, 8, 3),
+     (1, "resnet18", 64, 32, 3), (1, "resnet50", 8, 32, 3)],
+)  # fmt: skip
+def test_the_company_of_a_miss_does_not_change_its_bits(threads, arch, width, size, channels):
+    """Alone, in another place, among others and in a second chunk: as a resumed run meets it with an empty cache."""
+    before = torch.get_num_threads()
+    pixels = torch.randint(0, 256, (5, channels, size, size), generator=gen(), dtype=torch.uint8)
+    teacher = plain(resnet(arch, width=width, channels=channels), channels)
+    targets = AugmentedTargets(teacher, pixels, False, CPU, gigabytes=0)
+    pairs = torch.randperm(5 * targets.variants, generator=gen())
+    few, other = pairs[:9], pairs[9:]
+    try:
+        torch.set_num_threads(threads)
+        alone, among = targets.compute(few[:1]), targets.compute(few)
+        turned = targets.compute(torch.cat([other, other, few.flip(0)])[-(64 + 20) :])  # the last 20 in a second chunk
+    finally:
+        torch.set_num_threads(before)
+    assert (among > 0).float().mean() > 0.3
+    assert torch.equal(alone[0], among[0])
+    assert torch.equal(turned[-9:].flip(0), among)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kept", ["cuda", "cpu"])
+def test_augmented_targets_on_a_gpu(mirrored, kept):
+    teacher, pixels, flip, expected = mirrored
+    gpu = torch.device("cuda")
+    teacher = dataclasses.replace(teacher, net=ResNet("resnet10", width=2).requires_grad_(False).eval().to(gpu))
+    teacher.net.load_state_dict(resnet("resnet10", width=2).state_dict())
+    targets = AugmentedTargets(teacher, pixels, flip, gpu, gigabytes=1.0, cache_device=torch.device(kept))
+    assert targets.store.device.type == kept
+    for index, variant in drawn(mirrored, 12):
+        got = targets(index, variant)
+        assert got.device.type == "cuda"
+        wanted = expected[index, variant]
+        assert (got.cpu() - wanted).abs().mean() < 0.01 * wanted.mean()  # its convolutions are TF32
+    assert targets.hits > 0
 
 
 # ------------------------------------------------------------------------------------------------------ loading our own
@@ -385,21 +765,51 @@ def test_files_that_are_no_teachers_are_refused(trained, few, colour, tmp_path):
     for damaged in (b"", b"<html>", whole[:100], whole[: len(whole) // 2]):
         path.write_bytes(damaged)
         refuse(lambda: load_teacher(str(path), few, CPU), str(path), "not a readable teacher")
+    for metadata in ({"info": "[]"}, {"info": '"text"'}):
+        save_file({"x": torch.zeros(3)}, path, metadata=metadata)
+        refuse(lambda: load_teacher(str(path), few, CPU), str(path), "not a teacher of this project")
     refuse(lambda: load_teacher(str(tmp_path / "none"), few, CPU), "no such file", "torchvision:NAME")
     refuse(lambda: load_teacher(str(tmp_path), few, CPU), "no such file")
     refuse(lambda: load_teacher(str(teacher.folder), colour, CPU), "takes 1 channels", "has 3")
+
+
+def test_own_files_with_other_contents_are_refused(trained, few, tmp_path):
+    info, path = trained[0].info, tmp_path / "teacher.safetensors"
+    weights = {key: value.contiguous() for key, value in trained[0].net.state_dict().items()}
+
+    def check(change, weights, *words):
+        changed = {key: value for key, value in (info | change).items() if value is not None}
+        save_file(weights, path, metadata={"info": json.dumps(changed)})
+        assert len(refuse(lambda: load_teacher(str(path), few, CPU), str(path), *words)) < len(str(path)) + 300
+
+    without = {key: value for key, value in weights.items() if "bn2" not in key}
+    check({}, without, "resnet10 of width 4", "Missing", "layer1.0.bn2.weight", " ...")
+    check({}, weights | {"fc.weight": torch.zeros(2)}, "resnet10 of width 4", "Unexpected", "fc.weight")
+    check({}, weights | {"conv1.weight": torch.zeros(8, 1, 3, 3)}, "size mismatch", "conv1.weight", "[8, 1, 3, 3]")
+    check(dict(width=8), weights, "resnet10 of width 8", "size mismatch")
+    check(dict(arch="resnet99"), weights, "resnet99", "resnet10, resnet18, resnet50 are known")
+    for field in ("arch", "channels", "width", "stem", "stem_padding", "mean", "std"):
+        check({field: None}, weights, f"does not say its {field};")
+    check(dict(width=None, std=None), weights, "does not say its width, std")
+
+
+def test_a_distilled_set_is_no_teacher(few, tmp_path):
+    path = tmp_path / "distilled.safetensors"
+    facts = dict(method="krr_st", data="digits", content="f", y_is="teacher features", class_names=[], resize="none")
+    save_distilled(path, few.x_test[:4] / 255, torch.zeros(4, 8), few.mean, few.std, **facts, step=1, seed=0, recipe={})
+    refuse(lambda: load_teacher(str(path), few, CPU), str(path), "a distilled set (distilled 1), not a teacher")
 
 
 # ------------------------------------------------------------------------------------------------------- loading others
 
 
 def resnet(arch="resnet18", **options):
-    """A network whose statistics and last norms are not the trivial ones."""
+    """A network whose statistics and last norms are not the trivial ones, and whose features are not all zero."""
     torch.manual_seed(3)
     net = ResNet(arch, **options)
     for name, value in net.state_dict().items():
         if value.is_floating_point() and value.ndim == 1:
-            value.copy_(torch.rand(value.shape) + (0.5 if "bias" not in name else -0.5))
+            value.copy_(torch.rand(value.shape) + (0.5 if name.endswith(("weight", "running_var")) else -0.5))
     return net.eval().to(memory_format=torch.channels_last)  # as teachers are, so that sums run in the same order
 
 
@@ -479,6 +889,10 @@ def test_files_that_are_no_resnets_are_refused(colour, tmp_path):
     check(torchvision.models.resnet34(weights=None).state_dict(), "(3, 4, 6, 3)", "resnet50 are known")
     check({"features.0.weight": torch.zeros(4, 3, 3, 3)}, "no ResNet")
     check([torch.zeros(3)], "no ResNet")
+    check({0: torch.zeros(3)}, "no ResNet")
+    check({"conv1.weight": torch.zeros(3)}, "no ResNet")
+    few = ("conv1.weight", "layer1.0.conv1.weight", "layer2.0.conv1.weight", "layer3.0.conv1.weight")
+    check({key: state[key] for key in (*few, "layer4.0.conv1.weight")}, "Missing", "layer1.0.bn1.weight", " ...")
     check(torch.zeros(3), "no ResNet")
     for stem in ("cifar", "imagenet"):
         check(resnet("resnet10", width=4, channels=1, stem=stem).state_dict(), "takes 1 channels", "the data has 3")
@@ -526,7 +940,7 @@ def test_libraries_fail_in_one_line(colour, few, monkeypatch, no_download):
     refuse(lambda: load_teacher("torchvision:resnet18", few, CPU), "takes 3 channels", "has 1")
     refuse(lambda: load_teacher("torchvision:vit_b_16", colour, CPU), "32", "--size")  # it takes 224 px only
     refuse(lambda: load_teacher("torchvision:resnet19", colour, CPU), "resnet19", "check the name")
-    refuse(lambda: load_teacher("torchvision:squeezenet1_1", colour, CPU), "squeezenet1_1")  # no linear classifier
+    refuse(lambda: load_teacher("torchvision:squeezenet1_1", colour, CPU), "squeezenet1_1: has no linear classifier")
     monkeypatch.undo()
 
     def offline(*_, **__):

@@ -1,11 +1,14 @@
 """common/run.py: keyed randomness, files that survive a kill, flags, presets, the run folder."""
 
 import dataclasses
+import errno
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,6 +28,7 @@ class Args:
     device: str = "cpu"
     resume: str | None = None
     log_every: int = 1
+    save_minutes: float = 0.0
     eval_runs: int = 1
 
 
@@ -209,7 +213,7 @@ def test_a_value_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_p
     run = Run(str(script), Args(str(tmp_path / "runs")), "digits", "hash")
     run.save(1, x_s=torch.ones(2))
     with pytest.raises(UserError) as error:
-        run.log(2, {"loss": value, "lam": 0.5}, "n_s 10, d 65")
+        run.check_finite(2, {"loss": value, "lam": 0.5}, "n_s 10, d 65")
     assert all(word in one_line(error) for word in ("step 2", "loss", "lam 0.5", "n_s 10, d 65"))
     with pytest.raises(UserError) as error:
         run.save(2, x_s=torch.tensor([1.0, value]))
@@ -227,3 +231,280 @@ def test_grid_shows_pixels_clamped_and_enlarged_without_smoothing(tmp_path, scri
     inside = pixels[12:60, 12:60]  # 24 pixels a pixel, 12 of padding
     assert (inside[:24, :24] == 0).all() and (inside[:24, 24:] == 128).all()
     assert (inside[24:, :24] == 255).all() and (inside[24:, 24:] == 0).all()
+
+
+# ------------------------------------------------------------------------------------------------------------- signals
+
+TOY = """
+import sys, torch
+from dataclasses import dataclass
+from common.run import Run, cli
+
+@dataclass
+class Args:
+    out_dir: str = "runs"
+    seed: int = 0
+    device: str = "cpu"
+    resume: str | None = None
+    log_every: int = 1
+    save_minutes: float = 0.0
+
+def main(args):
+    print("data", flush=True)
+    sys.stdin.readline()
+    run = Run(__file__, args, "toy", "hash")
+    for step in run.steps(5):
+        print("in step", step, flush=True)
+        sys.stdin.readline()
+        if run.due(step + 1, 100):
+            run.save(step + 1, x_s=torch.ones(1))
+        print("end of step", step, flush=True)
+    print("evaluation", flush=True)
+    sys.stdin.readline()
+    run.finish()
+
+if __name__ == "__main__":
+    cli(main, Args)
+"""
+
+
+@pytest.fixture
+def toy(tmp_path):
+    """Start the toy script; it goes on by a line on its stdin and tells where it is on its stdout."""
+    (tmp_path / "toy.py").write_text(TOY)
+    env = os.environ | {"PYTHONPATH": str(Path(R.__file__).parent.parent), "OMP_NUM_THREADS": "1"}
+    started = []
+
+    def start(*words):
+        command = [sys.executable, "toy.py", *words]
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        started.append(subprocess.Popen(command, cwd=tmp_path, text=True, env=env, **pipes))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def until(process, words: str, stream="stdout") -> None:
+    for line in getattr(process, stream):
+        if words in line:
+            return
+    raise AssertionError(f"ended without {words!r}")
+
+
+def go_on(process) -> None:
+    process.stdin.write("\n")
+    process.stdin.flush()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_finishes_the_step_saves_and_prints_the_command_that_goes_on(toy, tmp_path, number, code):
+    process = toy()
+    until(process, "data"), go_on(process)
+    until(process, "in step 0"), go_on(process)
+    until(process, "in step 1")
+    process.send_signal(number)
+    until(process, "stopping after this step", "stderr")
+    out, err = process.communicate("\n")
+    assert process.returncode == code
+    assert out.splitlines() == ["end of step 1"]  # finished, and no other begun
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert R.load_checkpoint(folder / "checkpoint.pt")["step"] == 2
+    assert err.rstrip().splitlines()[-1] == f"stopped; go on with: python toy.py --resume runs/{folder.name}"
+    assert "Traceback" not in err
+    again = toy("--resume", f"runs/{folder.name}")
+    until(again, "data"), go_on(again)
+    until(again, "in step 2")
+
+
+def test_a_second_signal_exits_at_once(toy, tmp_path):
+    process = toy()
+    until(process, "data"), go_on(process)
+    until(process, "in step 0")
+    process.terminate()
+    until(process, "stopping after this step", "stderr")
+    process.terminate()  # nobody writes to its stdin: the step never ends
+    assert process.wait(timeout=60) == -signal.SIGTERM
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert not (folder / "checkpoint.pt").exists()
+
+
+@pytest.mark.parametrize("place", ["data", "evaluation"])
+def test_a_signal_outside_the_loop_stops_there(toy, tmp_path, place):
+    process = toy("--seed", "5")
+    if place == "evaluation":
+        until(process, "data"), go_on(process)
+        for step in range(5):
+            until(process, f"in step {step}"), go_on(process)
+    until(process, place)
+    process.terminate()
+    _, err = process.communicate()
+    assert process.returncode == 143 and "Traceback" not in err
+    last = err.rstrip().splitlines()[-1]
+    if place == "data":
+        assert last == "stopped; go on with: python toy.py --seed 5"
+    else:
+        (folder,) = (tmp_path / "runs").iterdir()
+        assert last == f"stopped; go on with: python toy.py --resume runs/{folder.name}"
+        assert R.load_checkpoint(folder / "checkpoint.pt")["step"] == 5
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), ["out of memory", "--cache-gb"]),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate"),
+            ["lower --cache-gb, --ipc"],
+        ),
+        (MemoryError(), ["MemoryError", "--precision bf16"]),
+        (OSError(errno.ENOSPC, "No space left on device", "runs/x"), ["could not write runs/x", "free some space"]),
+        (UserError("a line"), ["error: a line"]),
+    ],
+)
+def test_cli_turns_what_a_user_can_mend_into_one_line(monkeypatch, capsys, error, words):
+    @dataclass
+    class Flags:
+        cache_gb: float = 1.0
+        ipc: int = 1
+
+    def main(args):
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["x.py"])
+    monkeypatch.setattr(R.Run, "latest", None)
+    with pytest.raises(SystemExit) as stop:
+        R.cli(main, Flags)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and len(err.splitlines()) == 1
+    assert all(word in err for word in words), err
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), OSError(errno.ENOENT, "No such file", "x"), ValueError("b")])
+def test_cli_shows_the_traceback_of_a_bug(monkeypatch, error):
+    def main(args):
+        raise error
+
+    @dataclass
+    class Flags:
+        ipc: int = 1
+
+    monkeypatch.setattr(sys, "argv", ["x.py"])
+    with pytest.raises(type(error)):
+        R.cli(main, Flags)
+
+
+# ----------------------------------------------------------------------------------------------------------- long runs
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that only the test moves."""
+
+    class Clock:
+        now = 1000.0
+
+    monkeypatch.setattr(R.time, "monotonic", lambda: Clock.now)
+    return Clock
+
+
+def test_checkpoints_are_due_by_steps_by_time_and_at_the_end(tmp_path, script, clock):
+    run = Run(str(script), Args(str(tmp_path / "runs"), save_minutes=2.0), "digits", "hash")
+    saved = []
+    for step in run.steps(12):
+        clock.now += 50
+        if run.due(step + 1, 7):
+            saved.append(step + 1)
+            run.save(step + 1, x_s=torch.ones(1))
+    assert saved == [3, 6, 7, 10, 12]  # 150 s after the start and after each save; 7 by steps; 12 is the end
+    run = Run(str(script), Args(str(tmp_path / "runs")), "digits", "hash")
+    for step in run.steps(3):
+        clock.now += 1e6
+        assert run.due(step + 1, 100) == (step == 2)  # 0 minutes: never
+
+
+def test_the_time_left_covers_the_whole_run(tmp_path, script, clock):
+    run = Run(str(script), Args(str(tmp_path / "runs")), "digits", "hash")
+    clock.now += 30  # a teacher, say
+    for step in run.steps(200, lambda done: 100.0 if done >= 50 else 110.0):
+        clock.now += 2
+        if step == 1:
+            with run.aside():
+                clock.now += 60  # an evaluation inside the loop is no part of a step
+        if step == 9:
+            run.log(10, {"loss": 1.0})
+            assert run.seconds_left() == 2 * 190 + 110
+    assert run.prediction == {"at_step": 4, "seconds": 30 + 60 + 400 + 110}
+    assert run.seconds_left() == 100 and run.seconds_per_100_steps == 200
+    assert run.finish()["seconds_predicted"] == run.prediction
+
+
+def test_plateau_waits_for_three_points_that_are_no_better_than_noise():
+    falling = [1.0, 0.8, 0.6, 0.4]
+    assert R.plateau(falling, [0.01] * 4) is None
+    assert R.plateau(falling[:3], [9.0] * 3) is None  # too few to tell
+    flat = [1.0, 0.5, 0.52, 0.495, 0.51]
+    assert R.plateau(flat, [0.01] * 5) == 1
+    assert R.plateau(flat, [0.001] * 5) is None  # 0.495 is better by more than its error
+    assert R.plateau([1.0, 0.5, 0.6, 0.7, 0.8], [0.0] * 5) == 1
+
+
+def test_the_plateau_is_said_once(tmp_path, script, capsys):
+    run = Run(str(script), Args(str(tmp_path / "runs")), "digits", "hash")
+    curve = []
+    for step, mean in enumerate([1.0, 0.5, 0.5, 0.5, 0.5, 0.5]):
+        curve.append({"step": 10 * step, "match": {"mean": mean, "std": 0.02, "values": [mean] * 4}})
+        run.plateau(curve, "match")
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("plateau")]
+    assert len(lines) == 1 and "at step 40" in lines[0] and "at step 10" in lines[0]
+
+
+# -------------------------------------------------------------------------------------------------------------- memory
+
+
+def test_saved_bytes_counts_each_storage_once_and_no_parameters():
+    conv = torch.nn.Conv2d(3, 4, 3, padding=1)
+    x = torch.zeros(2, 3, 8, 8)
+    assert R.saved_bytes(conv, x) == x.nbytes
+    both = torch.nn.Sequential(conv, torch.nn.ReLU())
+    assert R.saved_bytes(both, x) == x.nbytes + 2 * 4 * 64 * 4
+    twice = lambda x: conv(x) + conv(x)  # noqa: E731
+    assert R.saved_bytes(twice, x) == x.nbytes
+
+
+def test_memory_that_does_not_fit_is_refused_with_the_flag_that_takes_most(monkeypatch, capsys):
+    monkeypatch.setattr(R, "available_memory", lambda device: 5_000_000_000)
+    cpu = torch.device("cpu")
+    R.check_memory({"outer loop": {"--num-images": 3 * 10**9, "--pool": 10**9}, "evaluation": {"--pool": 10**9}}, cpu)
+    assert "about 4 GB for the outer loop, 5 GB free" in capsys.readouterr().out
+    with pytest.raises(UserError) as error:
+        R.check_memory({"outer loop": {"--pool": 1}, "evaluation": {"--cache-gb": 4 * 10**9, "--pool": 2 * 10**9}}, cpu)
+    assert all(words in one_line(error) for words in ("evaluation", "6.0 GB", "5.0 GB", "--cache-gb takes 4.0 GB"))
+    monkeypatch.setattr(R, "available_memory", lambda device: None)
+    R.check_memory({"outer loop": {"--pool": 10**15}}, cpu)  # unknown: said, not refused
+
+
+def test_available_memory_is_the_machine_s_within_its_container(monkeypatch):
+    files = {
+        "/proc/meminfo": "MemTotal: 9000 kB\nMemAvailable:    8000 kB\n",
+        "/sys/fs/cgroup/memory.max": "6000000\n",
+        "/sys/fs/cgroup/memory.current": "3000000\n",
+        "/sys/fs/cgroup/memory.stat": "anon 1\nfile 1000000\n",
+    }
+
+    def read_text(path):
+        if str(path) not in files:
+            raise FileNotFoundError(path)
+        return files[str(path)]
+
+    monkeypatch.setattr(R.Path, "read_text", read_text)
+    cpu = torch.device("cpu")
+    assert R.available_memory(cpu) == 4_000_000
+    files["/sys/fs/cgroup/memory.max"] = "max\n"
+    assert R.available_memory(cpu) == 8000 * 1024
+    del files["/sys/fs/cgroup/memory.max"]
+    assert R.available_memory(cpu) == 8000 * 1024
+    del files["/proc/meminfo"]
+    assert R.available_memory(cpu) is None

@@ -1,0 +1,131 @@
+"""Run a script's command line with one accident in it, for the tests of bad luck: tests import `start`.
+
+An accident is "place:n:what": at the n-th arrival at the place, in this process, this happens.
+place: teacher (a step of its training), step (an outer step), score (a network of the evaluation), rename (a file is
+written, not yet renamed), teacher_save and run_save (half of a checkpoint is on disk), begin (before anything).
+what: SIGKILL, SIGTERM, SIGINT, disk (files may not grow beyond what this one has), memory (30 MB more than now).
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+REPO = Path(__file__).resolve().parent.parent
+
+
+def start(script: str | Path, words: list[str], accident: str = "none:0:none", cwd: Path = REPO):
+    """The finished process of `python script words`; its stdout and stderr are text."""
+    env = os.environ | {"PYTHONPATH": str(REPO), "ACCIDENT": accident, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, __file__, str(script), *map(str, words)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=env)
+
+
+def flags(**values) -> list[str]:
+    """widths=(4, 4) -> ["--widths", "4", "4"]; True and False become --name and --no-name."""
+    words = []
+    for name, value in values.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            words += [f"--{flag}", *map(str, value if isinstance(value, tuple) else [value])]
+    return words
+
+
+def same_end(folder_a: Path, folder_b: Path) -> None:
+    """Asserts bit-identical tensors and results of two runs; times, commits and paths may differ."""
+    a, b = (load_file(folder / "distilled.safetensors") for folder in (folder_a, folder_b))
+    assert equal(a, b)
+    a, b = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (folder_a, folder_b))
+    assert a.keys() == b.keys()
+    for name in a.keys() - {"seconds"}:
+        assert equal(a[name], b[name]), name
+    a, b = (json.loads((folder / "result.json").read_text()) for folder in (folder_a, folder_b))
+    assert a["eval"] == b["eval"] and a["loss_of_mean"] == b["loss_of_mean"]
+    a, b = (json.loads((folder / "curve.json").read_text()) for folder in (folder_a, folder_b))
+    assert a == b
+
+
+def equal(a, b) -> bool:
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+def main() -> None:
+    import importlib.util
+    import io
+    import resource
+    import signal
+
+    import common.evaluate
+    import common.pretrain
+    import common.run
+
+    place_due, nth, what = os.environ["ACCIDENT"].split(":")
+    arrivals = {}
+
+    def arrive(place: str, size: int = 0) -> None:
+        arrivals[place] = arrivals.get(place, 0) + 1
+        if place != place_due or arrivals[place] != int(nth):
+            return
+        print(f"accident: {what} at {place} {nth}", flush=True)
+        if what == "disk":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+        elif what == "memory":
+            used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (used + 30_000_000, -1))
+        else:
+            os.kill(os.getpid(), getattr(signal, what))
+
+    def watch(module, name: str, place: str) -> None:
+        original = getattr(module, name)
+
+        def wrapped(*args, **kwargs):
+            arrive(place)
+            return original(*args, **kwargs)
+
+        setattr(module, name, wrapped)
+
+    watch(common.pretrain, "two_views", "teacher")
+    watch(common.evaluate, "score_network", "score")
+    watch(os, "replace", "rename")
+    steps, torch_save = common.run.Run.steps, torch.save
+
+    def watched_steps(run, *args):
+        for step in steps(run, *args):
+            arrive("step")
+            yield step
+
+    def half_save(state, path) -> None:
+        buffer = io.BytesIO()
+        torch_save(state, buffer)
+        data = buffer.getvalue()
+        with open(path, "wb") as file:
+            file.write(data[: len(data) // 2])
+            file.flush()
+            arrive("teacher_save" if "/teachers/" in str(path) else "run_save", len(data) // 2)
+            file.write(data[len(data) // 2 :])
+
+    common.run.Run.steps, torch.save = watched_steps, half_save
+    sys.argv = sys.argv[1:]
+    spec = importlib.util.spec_from_file_location("script", sys.argv[0])
+    script = importlib.util.module_from_spec(spec)
+    sys.modules["script"] = script
+    spec.loader.exec_module(script)
+    arrive("begin")
+    common.run.cli(script.main, script.Args)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(REPO))
+    main()
