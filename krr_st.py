@@ -26,13 +26,13 @@ from common.run import (
     Run,
     UserError,
     available_memory,
+    bytes_per_image,
     check_memory,
     cli,
     fill,
     pick_device,
     preset_name,
     rng,
-    saved_bytes,
     seeded,
     write_json,
 )  # fmt: skip
@@ -326,26 +326,24 @@ class Pool:
 
 
 def memory_needs(make_net, data: Data, dim: int, args: Args) -> tuple[int, dict[str, dict[str, int]]]:
-    """Bytes of one distilled image's outer pass, and {phase: {flag: bytes}} of all the rest: see check_memory."""
+    """Bytes of one distilled image in the outer step, and {phase: {flag: bytes}} of all the rest: see check_memory."""
     dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
     with torch.device("meta"):  # shapes alone
-        net, x = make_net().to(dtype), torch.zeros(4, data.channels, data.size, data.size, dtype=dtype)
-    train, outer = saved_bytes(net, x) // 4, saved_bytes(net.frozen(), x.clone().requires_grad_()) // 4
+        net, x = make_net().to(dtype), torch.zeros(2, data.channels, data.size, data.size, dtype=dtype)
+    train, outer = bytes_per_image(net, x), bytes_per_image(net.frozen(), x.clone().requires_grad_())
+    train = int(1.5 * train)  # and the gradients of the largest maps
     n_train, n_s, n_t, d = len(data.x_train), args.num_images, args.batch_real, net.dim + 1
-    width, ridge = 8 if args.ridge_precision != "fp32" else 4, min(n_s, d)
-    parameters = 4 * sum(p.numel() for p in net.parameters())
-    common = {"--pool": args.pool * parameters * (2 if args.pool_opt == "sgd" else 3), "--data": 4 * n_train * dim}
-    loop = {
-        "--batch-real": n_t * (outer + width * 2 * d),
-        "--num-images": int(1.3 * n_s * train) + width * (n_s * 3 * d + 2 * ridge**2),
+    width, ridge = 4 if args.ridge_precision == "fp32" else 8, min(n_s, d)
+    held = {
+        "--pool": args.pool * 4 * sum(p.numel() for p in net.parameters()) * (2 if args.pool_opt == "sgd" else 3),
+        "--data": 4 * n_train * dim,
         "--cache-gb": int(args.cache_gb * 1e9) if args.outer_aug == "crop_flip" else 0,
     }
+    step = {"--batch-real": n_t * (outer + 2 * width * d), "--num-images": width * (3 * n_s * d + 2 * ridge**2)}
     features = 4 * n_train * net.dim
-    evaluation = {
-        "--num-images": int(1.3 * min(n_s, 256) * train),
-        "--cache-gb": features if features <= args.cache_gb * 1e9 else 0,
-    }
-    return outer, {"outer loop": common | loop, "evaluation": common | evaluation}
+    score = {"--num-images": min(n_s, 256) * train, "--cache-gb": features if features <= args.cache_gb * 1e9 else 0}
+    phases = {"outer step": step, "training of the pool": {"--num-images": n_s * train}, "evaluation": score}
+    return outer, {phase: held | parts for phase, parts in phases.items()}
 
 
 def main(args: Args) -> dict:
@@ -391,9 +389,9 @@ def main(args: Args) -> dict:
     per_image, phases = memory_needs(make_net, data, dim, args)
     if args.chunk is None:
         free = available_memory(device) or 1 << 62
-        rest = sum(phases["outer loop"].values())
+        rest = sum(phases["outer step"].values())
         args = replace(args, chunk=max(1, min(args.num_images, (free - rest) // per_image)))
-    phases["outer loop"]["--chunk"] = args.chunk * per_image
+    phases["outer step"]["--chunk"] = args.chunk * per_image
     check_memory(phases, device)
     run = Run(__file__, args, data.name, data.content)
     args = run.args

@@ -28,6 +28,8 @@ from common.run import (
     Interval,
     UserError,
     all_finite,
+    bytes_per_image,
+    check_memory,
     finish_steps,
     first_line,
     load_checkpoint,
@@ -146,7 +148,6 @@ class AugmentedTargets:
         why = f" (its table alone does not fit into {self.gigabytes:g} GB)" if self.gigabytes else ""
         return f"targets: no cache{why}, the teacher computes all of {pairs}"
 
-    @torch.no_grad()
     def __call__(self, index: Tensor, variant: Tensor) -> Tensor:
         """Features of pixels[index] as their variants show them. index, variant: (B,) int64 on the CPU (from its
         generators), so that no GPU is waited for; returns (B, d) float32 on the run's device."""
@@ -309,6 +310,13 @@ def train_teacher(
     if (folder / "teacher.safetensors").exists():
         print(f"teacher: {folder.name} (cached)")
         return load_own(folder / "teacher.safetensors")
+    with torch.device("meta"):  # shapes alone
+        blank = ResNet(arch, data.channels, width, stem, stem_padding)
+        views = 2 * batch * bytes_per_image(blank, torch.zeros(2, data.channels, data.size, data.size))
+        both = nn.Sequential(blank, projector(blank.dim, projector_width))
+    weights = 16 * sum(p.numel() for p in both.parameters())  # and gradients, momentum, one temporary
+    views = int(1.2 * views) // (2 if precision == "bf16" else 1)  # and the gradients of the largest maps
+    check_memory({"teacher's training": {"--teacher-batch": views, "--teacher-projector": weights}}, device)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -321,21 +321,24 @@ def available_memory(device: torch.device) -> int | None:
     return free
 
 
-def saved_bytes(function: Callable[[Tensor], Tensor], x: Tensor) -> int:
-    """Bytes that autograd keeps for the backward pass of function(x), each storage once, parameters not counted.
+def bytes_per_image(function: Callable[[Tensor], Tensor], x: Tensor) -> int:
+    """Bytes that autograd keeps of each image for the backward pass of function(x), x (2, C, H, W).
 
     Tensors of the "meta" device will do: then nothing is computed or allocated.
     """
-    storages = {}
 
-    def pack(tensor: Tensor) -> Tensor:
-        if not isinstance(tensor, torch.nn.Parameter):
-            storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
-        return tensor
+    def kept(x: Tensor) -> int:
+        storages = {}
 
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        function(x)
-    return sum(storages.values())
+        def pack(tensor: Tensor) -> Tensor:
+            storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()  # each storage once
+            return tensor
+
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            function(x)
+        return sum(storages.values())
+
+    return (kept(torch.cat([x, x])) - kept(x)) // len(x)  # the difference: weights are kept as well
 
 
 def check_memory(phases: dict[str, dict[str, int]], device: torch.device) -> None:
@@ -612,6 +615,9 @@ def peak_memory() -> int:
     """Peak bytes: of the GPU's allocator where it was used, else of the process."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated()
+    with contextlib.suppress(OSError, StopIteration):  # on Linux getrusage counts what started this process as well
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

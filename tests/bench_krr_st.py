@@ -26,7 +26,6 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import common.models
 import krr_st
 from common.augment import draw_variants
 from common.data import Data, normalise
@@ -180,7 +179,13 @@ def ours(variant: str, n_s: int, batch: int, steps: int, folder: Path) -> tuple[
     """krr_st.main itself, stopped before its evaluation, its functions watched from outside."""
     parts, losses = Parts(), []
     if variant == "algebra":
-        common.models.memory_format = lambda device: torch.contiguous_format
+        built = krr_st.ConvNet.__init__
+
+        def build(net, *args):
+            built(net, *args)
+            net.to(memory_format=torch.contiguous_format)
+
+        krr_st.ConvNet.__init__ = build
     data = made_data()
 
     def watch(owner, name: str, part: str, before: str = "other") -> None:

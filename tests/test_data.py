@@ -568,13 +568,15 @@ def test_what_cannot_be_skipped(tmp_path, get, refuse, monkeypatch):
     refuse(tmp_path / "mixed", "cat/001.png has 6x6", "dog/001.png has 7x6", **skip)
     assert get(tmp_path / "mixed", size=4, **skip).skipped == 1
 
-    def fail(path, *args):  # the disk, not the file
-        raise OSError(5, "Input/output error", str(path))
+    for error in (OSError(5, "Input/output error"), MemoryError("none left")):  # not the file's fault
 
-    monkeypatch.setattr(Image, "open", fail)
-    for options in ({}, skip):
-        line = refuse(tmp_path / "part", "Input/output error", "test" if options else "train", size=5, **options)
-        assert "--skip-bad-images" not in line
+        def fail(path, error=error):
+            raise error
+
+        monkeypatch.setattr(Image, "open", fail)
+        for options in ({}, skip):
+            line = refuse(tmp_path / "part", "cannot read", error.args[-1], size=5, **options)
+            assert "--skip-bad-images" not in line
     assert bad.exists()
 
 

@@ -350,7 +350,7 @@ def test_the_chunk_is_what_fits_the_memory(out_dir, monkeypatch):
     data = load("digits", data_dir="data")
     make_net = lambda: krr_st.ConvNet(1, 8, 16, args.widths, args.norm)  # noqa: E731
     image, phases = krr_st.memory_needs(make_net, data, 16, common.run.fill(args, krr_st.DIGITS))
-    rest = sum(phases["outer loop"].values())
+    rest = sum(phases["outer step"].values())
     for module in (krr_st, common.run):
         monkeypatch.setattr(module, "available_memory", lambda device: rest + 3 * image + 1)
     main(args)

@@ -97,7 +97,32 @@ def age_table() -> str:
     return "\n".join(lines)
 
 
+def speed_table() -> str:
+    """One outer step, both shapes, every variant beside the twin of the published code."""
+    lines = [
+        "| | pairs, batch | CPU seconds a step | less than the twin's | peak memory |",
+        "|---|---|---|---|---|",
+    ]
+    for row in result("speed.json")["rows"]:
+        shape, gb = f"{row['n_s']}, {row['batch']}", row["peak_bytes"] / 1e9
+        times = "" if row["variant"].startswith("published") else f"{row['times_less']:.2f} x"
+        lines.append(f"| {row['what']} | {shape} | {row['cpu_seconds']:.2f} | {times} | {gb:.2f} GB |")
+    return "\n".join(lines)
+
+
+def parts_table() -> str:
+    """Where the time of a step goes, in CPU seconds at 1000 pairs and a batch of 1024."""
+    rows = [row for row in result("speed.json")["rows"] if row["n_s"] == 1000 and "aug" not in row["variant"]]
+    parts = [part for part in rows[0]["parts"] if part != "other"] + ["other"]
+    lines = ["| | " + " | ".join(parts) + " |", "|---" * (len(parts) + 1) + "|"]
+    for row in rows:
+        lines.append(f"| {row['variant']} | " + " | ".join(f"{row['parts'].get(p, 0):.2f}" for p in parts) + " |")
+    return "\n".join(lines)
+
+
 TABLES = {
+    "krr_st speed": speed_table,
+    "krr_st speed parts": parts_table,
     "overview": overview_table,
     "krr_st sweep digits": lambda: sweep_table("digits"),
     "krr_st sweep digits age": age_table,

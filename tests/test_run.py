@@ -464,14 +464,15 @@ def test_the_plateau_is_said_once(tmp_path, script, capsys):
 # -------------------------------------------------------------------------------------------------------------- memory
 
 
-def test_saved_bytes_counts_each_storage_once_and_no_parameters():
-    conv = torch.nn.Conv2d(3, 4, 3, padding=1)
-    x = torch.zeros(2, 3, 8, 8)
-    assert R.saved_bytes(conv, x) == x.nbytes
-    both = torch.nn.Sequential(conv, torch.nn.ReLU())
-    assert R.saved_bytes(both, x) == x.nbytes + 2 * 4 * 64 * 4
-    twice = lambda x: conv(x) + conv(x)  # noqa: E731
-    assert R.saved_bytes(twice, x) == x.nbytes
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_bytes_per_image_counts_each_map_once_and_no_weights(device):
+    conv = torch.nn.Conv2d(3, 4, 3, padding=1, device=device)
+    x, images, maps = torch.zeros(2, 3, 8, 8, device=device), 3 * 64 * 4, 4 * 64 * 4
+    assert R.bytes_per_image(conv, x) == images
+    assert R.bytes_per_image(torch.nn.Sequential(conv, torch.nn.ReLU()), x) == images + maps
+    linear = torch.nn.Sequential(conv, torch.nn.Flatten(), torch.nn.Linear(256, 1000, device=device))
+    assert R.bytes_per_image(linear, x) == images + maps
+    assert R.bytes_per_image(lambda x: conv(x) + conv(x), x) == images
 
 
 def test_memory_that_does_not_fit_is_refused_with_the_flag_that_takes_most(monkeypatch, capsys):
