@@ -337,6 +337,7 @@ def test_a_loss_that_is_not_finite_names_its_terms_and_keeps_the_last_checkpoint
 
 def test_a_state_that_is_not_finite_is_not_saved(script):
     """The loss is still finite where the networks no longer are."""
-    line = one_line(start(REPO / f"{script.name}.py", script.words(lr_label=1e30, save_every=1, steps=40)))
+    words = script.words(lr_img=1e12, lr_label=1e30, save_every=1, steps=40)
+    line = one_line(start(REPO / f"{script.name}.py", words))
     assert "step 1: pool is not finite (loss " in line and "lam " in line and "n_s 5, d 17" in line
     assert "no checkpoint yet" in line and "lower the learning rates" in line
