@@ -7,13 +7,15 @@ Lee, Lee, Ko, Kawaguchi, Lee and Hwang 2024, arXiv:2310.06511. Departures, resul
 """
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
+from math import inf
 from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
 import kernels
 from common.artefact import Distilled, load_distilled, save_distilled
@@ -25,11 +27,12 @@ from common.pretrain import AugmentedTargets, load_teacher, train_teacher
 from common.run import (
     Run,
     UserError,
-    available_memory,
     bytes_per_image,
+    check_limits,
     check_memory,
     cli,
     fill,
+    fit_chunk,
     pick_device,
     preset_name,
     rng,
@@ -232,6 +235,13 @@ PRESETS = {
     "48px": SIZE_64,
     "96px": SIZE_224 | dict(num_images=100),
 }
+LIMITS = {  # of flags: one that is out of them is refused before anything begins
+    (1, inf): "steps batch_real save_every log_every chunk widths pool max_age eval_runs eval_epochs eval_probe_steps "
+    "teacher_width teacher_epochs teacher_batch teacher_projector",
+    (0, inf): "lr_img lr_label lr_net wd_net ridge grad_clip teacher_lr teacher_eta cache_gb save_minutes eval_every "
+    "eval_finetune_steps stem_padding",
+    (0, 1): "lr_end momentum_net teacher_crop_min",
+}
 
 
 def phi(features: Tensor) -> Tensor:
@@ -298,7 +308,7 @@ class Pool:
 
     def warm_up(self, x_s: Tensor, y_s: Tensor) -> None:
         """Spread the ages: each network is trained for its own random number of steps in 1 .. max_age - 1."""
-        for slot in range(self.args.pool):
+        for slot in tqdm(range(self.args.pool), desc="start of the pool", leave=False):
             generator = rng("start age", self.args.seed, slot)
             self.ages[slot] = int(torch.randint(1, max(2, self.args.max_age), (), generator=generator))
             for _ in range(self.ages[slot]):
@@ -325,7 +335,7 @@ class Pool:
         self.ages, self.births = state["ages"], state["births"]
 
 
-def memory_needs(make_net, data: Data, dim: int, args: Args) -> tuple[int, dict[str, dict[str, int]]]:
+def memory_needs(make_net, data: Data, dim: int, device, args: Args) -> tuple[int, dict[str, dict[str, int]]]:
     """Bytes of one distilled image in the outer step, and {phase: {flag: bytes}} of all the rest: see check_memory."""
     dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
     with torch.device("meta"):  # shapes alone
@@ -334,16 +344,25 @@ def memory_needs(make_net, data: Data, dim: int, args: Args) -> tuple[int, dict[
     train = int(1.5 * train)  # and the gradients of the largest maps
     n_train, n_s, n_t, d = len(data.x_train), args.num_images, args.batch_real, net.dim + 1
     width, ridge = 4 if args.ridge_precision == "fp32" else 8, min(n_s, d)
+    copies = 3 if args.pool_opt == "sgd" else 4  # weights, gradients, momenta
     held = {
-        "--pool": args.pool * 4 * sum(p.numel() for p in net.parameters()) * (2 if args.pool_opt == "sgd" else 3),
-        "--data": 4 * n_train * dim,
-        "--cache-gb": int(args.cache_gb * 1e9) if args.outer_aug == "crop_flip" else 0,
+        "libraries": 200_000_000,  # that are loaded on the way
+        "--pool or --widths": args.pool * copies * 4 * sum(p.numel() for p in net.parameters()),
+        "the number of images": 4 * n_train * dim,  # their targets
     }
-    step = {"--batch-real": n_t * (outer + 2 * width * d), "--num-images": width * (3 * n_s * d + 2 * ridge**2)}
+    cache = 0
+    if args.outer_aug == "crop_flip" and (args.cache_device == "same" or device.type == "cpu"):
+        cache = AugmentedTargets.need(n_train, data.size, data.flip, dim, args.cache_gb, args.cache_precision)
+    step = {
+        "--batch-real": n_t * (int(0.6 * outer) + 2 * width * d),  # of its maps two at a time, features in two types
+        "--num-images": width * (3 * n_s * d + 2 * ridge**2),  # features, their gradient, the Gram matrix, its factor
+        "--cache-gb": cache,
+    }
     features = 4 * n_train * net.dim
-    score = {"--num-images": min(n_s, 256) * train, "--cache-gb": features if features <= args.cache_gb * 1e9 else 0}
-    phases = {"outer step": step, "training of the pool": {"--num-images": n_s * train}, "evaluation": score}
-    return outer, {phase: held | parts for phase, parts in phases.items()}
+    tuned = 256 if args.full_row or args.eval_finetune_steps else min(n_s, 256)  # images of an evaluation's batch
+    score = {"--widths": tuned * train, "--cache-gb": cache + (features if features <= args.cache_gb * 1e9 else 0)}
+    phases = {"outer step": step, "training of the pool": {"--num-images": n_s * train, "--cache-gb": cache}}
+    return outer, {phase: held | parts for phase, parts in (phases | {"evaluation": score}).items()}
 
 
 def main(args: Args) -> dict:
@@ -359,18 +378,11 @@ def main(args: Args) -> dict:
         seed=args.split_seed,
         skip_bad_images=args.skip_bad_images,
     )
-    if not 0 <= args.holdout < 1:
-        raise UserError(f"--holdout {args.holdout}: give a share of the training images, for instance 0.1")
+    check_limits(args, {(0, 0.9): "holdout"})
     data, curve_data = hold_out(data, args.holdout, args.split_seed) if args.holdout else (data, data)
     preset = preset_name(PRESETS, args.preset, data.name, data.native, data.size)
     args = fill(args, PRESETS[preset])
-    for flag in ("steps", "batch_real", "save_every", "log_every", "pool", "max_age", "eval_runs", "eval_epochs",
-                 "teacher_width", "teacher_epochs", "teacher_batch", "teacher_projector", "chunk"):  # fmt: skip
-        if getattr(args, flag) is not None and getattr(args, flag) < 1:
-            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be at least 1")
-    for flag in ("cache_gb", "save_minutes"):
-        if getattr(args, flag) < 0:
-            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must not be negative")
+    check_limits(args, LIMITS)
     if data.size < 4:
         raise UserError(f"--size {data.size}: must be at least 4, the network halves it {len(args.widths)} times")
     if not 1 <= args.num_images <= len(data.x_train):
@@ -386,17 +398,15 @@ def main(args: Args) -> dict:
     def make_net() -> ConvNet:
         return ConvNet(data.channels, data.size, dim, args.widths, args.norm)
 
-    per_image, phases = memory_needs(make_net, data, dim, args)
+    image, phases = memory_needs(make_net, data, dim, device, args)
     if args.chunk is None:
-        free = available_memory(device) or 1 << 62
-        rest = sum(phases["outer step"].values())
-        args = replace(args, chunk=max(1, min(args.num_images, (free - rest) // per_image)))
-    phases["outer step"]["--chunk"] = args.chunk * per_image
-    check_memory(phases, device)
-    run = Run(__file__, args, data.name, data.content)
-    args = run.args
+        args = replace(args, chunk=fit_chunk(args.num_images, image, sum(phases["outer step"].values()), device))
+    phases["outer step"]["--chunk"] = min(args.chunk, args.num_images) * image
+    need = check_memory(phases, device)
     backend = kernels.describe(args.ridge_precision, device)
     print(backend)
+    run = Run(__file__, args, data.name, data.content)
+    args = run.args
     mean, std = data.mean.to(device), data.std.to(device)
 
     # teacher
@@ -425,8 +435,10 @@ def main(args: Args) -> dict:
     targets_curve = targets_test
     if args.holdout:
         targets_curve = teacher.cached_targets(curve_data.x_test, curve_data.content, "held", device)
-    run.check("teacher's features", targets_train[:8])
+    run.check_same("teacher's features", targets_train[:8])
     of_mean = float((targets_train - targets_train.mean(0)).square().mean())  # loss of predicting the mean
+    if not of_mean > 0:
+        raise UserError(f"the features of teacher {teacher.name} are the same for all images; take another teacher")
 
     # distilled set
     index = torch.randperm(len(data.x_train), generator=rng("initial images", args.seed))[: args.num_images]
@@ -446,15 +458,15 @@ def main(args: Args) -> dict:
     # networks
     pool = Pool(make_net, device, args)
     curve = []
-    if run.state:
+    if run.state is None:
+        pool.warm_up(x_s.detach(), y_s.detach())
+    else:
         with torch.no_grad():
             x_s.copy_(run.state["x_s"]), y_s.copy_(run.state["y_s"])
         optimizer.load_state_dict(run.state["optimizer"])
         schedule.load_state_dict(run.state["schedule"])
         pool.load_state_dict(run.state["pool"])
-        curve = run.state["curve"]
-    else:
-        pool.warm_up(x_s.detach(), y_s.detach())
+        curve, run.state = run.state["curve"], None
 
     def checkpoint(step: int) -> None:
         states = dict(optimizer=optimizer.state_dict(), schedule=schedule.state_dict(), pool=pool.state_dict())
@@ -468,8 +480,8 @@ def main(args: Args) -> dict:
     )
     rows = ("teacher",) if data.labelled else ()
     rows += ("none", "random_real", "distilled") + (("all_real",) if args.full_row else ())
-    clock = (make_net, data, args.num_images, dim, device, recipe, args.cache_gb)
-    seconds_all, seconds_curve = predict_seconds(*clock, rows), predict_seconds(*clock, ("distilled",))
+    seconds = partial(predict_seconds, make_net, data, args.num_images, dim, device, recipe, args.cache_gb)
+    seconds_all, seconds_curve = seconds(rows), seconds(("distilled",)) if args.eval_every else 0.0
 
     def seconds_later(done: int) -> float:
         """Of the evaluations that are still to come after `done` steps."""
@@ -500,9 +512,23 @@ def main(args: Args) -> dict:
         )
         return load_distilled(run.file("distilled.safetensors"), run.name)
 
+    def on_curve(step: int) -> bool:
+        return args.eval_every > 0 and step % args.eval_every == 0 and step < args.steps
+
+    def curve_point(step: int) -> None:
+        """Score the set as it is, and add it to the curve."""
+        with run.aside():
+            scores = evaluate_pairs(
+                save(step), curve_data, targets_train, targets_curve, make_net, device, recipe, args.seed,
+                ("distilled",), args.cache_gb, run.file("evaluation.json"),
+            )["distilled"]  # fmt: skip
+        curve.append({"step": step, **scores})
+        run.log_evaluation(step, {f"eval/{key}": value["mean"] for key, value in scores.items()})
+        run.plateau(curve, "match")
+
     # outer loop
-    x_train = resident(data.x_train, device, spare=2 << 30)  # (N, C, H, W) uint8
-    y_train = resident(targets_train, device, spare=2 << 30)  # (N, c)
+    x_train = resident(data.x_train, device, spare=need)  # (N, C, H, W) uint8
+    y_train = resident(targets_train, device, spare=need)  # (N, c)
     augmented = None
     if args.outer_aug == "crop_flip":  # departure 3: an option here, the default of the last upload
         kept = device if args.cache_device == "same" else torch.device("cpu")
@@ -512,7 +538,10 @@ def main(args: Args) -> dict:
         )  # fmt: skip
         print(augmented.describe())
     if run.start == 0:
+        checkpoint(0)
         run.grid(0, args.steps, pixels)
+    elif on_curve(run.start) and run.start not in [point["step"] for point in curve]:  # stopped in this evaluation
+        curve_point(run.start)
     for step in run.steps(args.steps, seconds_later):
         slot = int(torch.randint(args.pool, (), generator=rng("slot", args.seed, step)))
         # eval mode, folded: BatchNorm uses statistics gathered from the distilled images; the weights get no gradient
@@ -521,7 +550,7 @@ def main(args: Args) -> dict:
         variant = None  # shift and flip of each image
         if augmented:
             variant = draw_variants(len(index), data.size, data.flip, rng("crop flip", args.seed, step))
-        y_t = augmented(index, variant) if augmented else y_train[index].to(device)  # (n_t, c)
+        y_t = augmented(index, variant) if augmented else gather(y_train, index).to(device)  # (n_t, c)
         x_t = normalise(gather(x_train, index, variant, data.flip).to(device), mean, std)  # (n_t, C, H, W)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
             with torch.inference_mode():
@@ -541,9 +570,8 @@ def main(args: Args) -> dict:
 
         done = step + 1
         logging = done % args.log_every == 0 or done in (1, args.steps)
-        saving = run.due(done, args.save_every)
+        saving = on_curve(done) or run.due(done, args.save_every)
         if logging or saving:
-            kernels.raise_if_failed(done)
             relative = float(loss.detach()) / of_mean
             scalars = {"loss": relative, "mse": relative * of_mean, "lam": float(lam.detach())}
             run.check_finite(done, scalars, f"n_s {len(x_s)}, d {f_s.shape[1]}")
@@ -551,17 +579,10 @@ def main(args: Args) -> dict:
                 hits = {"target_cache_hits": augmented.hit_rate()} if augmented else {}
                 run.log(done, scalars | {"age": age, "lr_img": lr_img} | hits)
         run.grid(done, args.steps, pixels)
-        if args.eval_every and done % args.eval_every == 0 and done < args.steps:
-            with run.aside():
-                scores = evaluate_pairs(
-                    save(done), curve_data, targets_train, targets_curve, make_net, device, recipe, args.seed,
-                    ("distilled",), args.cache_gb,
-                )["distilled"]  # fmt: skip
-            curve.append({"step": done, **scores})
-            run.log_evaluation(done, {f"eval/{key}": value["mean"] for key, value in scores.items()})
-            run.plateau(curve, "match")
         if saving:
             checkpoint(done)
+        if on_curve(done):  # after the checkpoint: a run that is stopped in it goes on with it
+            curve_point(done)
 
     # evaluation
     scores = evaluate_pairs(

@@ -9,8 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def upload(x: Tensor, device: torch.device) -> Tensor:
+    """x on `device`, without waiting for what a CUDA device still has to do (pageable memory is copied at once)."""
+    return x.to(device, non_blocking=device.type == "cuda" and x.device.type == "cpu")
+
+
 def uniform(n: int, low: float, high: float, generator: torch.Generator, device: torch.device) -> Tensor:
-    return (torch.rand(n, generator=generator) * (high - low) + low).to(device)  # (n,)
+    return upload(torch.rand(n, generator=generator) * (high - low) + low, device)  # (n,)
 
 
 def crop_pad(size: int) -> int:
@@ -46,12 +51,12 @@ def gather(
     pixels: (N, C, H, W), memory-mapped or on a device; index, variant: (B,), moved there; returns (B, C, H, W) of the
     same dtype. Only the batch is padded, never the set.
     """
-    x = pixels[index.to(pixels.device)]
+    x = pixels[upload(index, pixels.device)]
     if variant is None:
         return x
     _, channels, height, width = x.shape
     pad = crop_pad(height) if pad is None else pad
-    shift, columns = variant.to(x.device)[:, None], torch.arange(width, device=x.device)
+    shift, columns = upload(variant, x.device)[:, None], torch.arange(width, device=x.device)
     if flip:
         shift, mirrored = shift // 2, shift % 2 == 1
         columns = torch.where(mirrored, columns.flip(0), columns)

@@ -145,10 +145,10 @@ def probes(features, f_test: Tensor, data: Data, protocol: Protocol, *key) -> di
     """
     scores = {"probe": linear_probe(features, data, f_test, protocol, *key)}
     for k in (5, 1):
-        draws = few_label_draws(data.y_train, k, protocol.few_draws, *key)  # (draws, n)
-        f_l = torch.stack([features(draw) for draw in draws])
-        y_l = data.y_train[draws].to(f_test.device)
-        scores[f"few_{k}"] = few_label_probe(f_l, y_l, f_test, data.y_test, data.num_classes, protocol.few_ridge)
+        scores[f"few_{k}"] = []
+        for draw in few_label_draws(data.y_train, k, protocol.few_draws, *key):  # (n,), one at a time: they are large
+            labelled = features(draw)[None], data.y_train[draw].to(f_test.device)[None]
+            scores[f"few_{k}"] += few_label_probe(*labelled, f_test, data.y_test, data.num_classes, protocol.few_ridge)
     return scores
 
 

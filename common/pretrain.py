@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common.augment import gather, num_variants, two_views
+from common.augment import gather, num_variants, two_views, upload
 from common.data import Data, normalise
 from common.models import RESNETS, ResNet
 from common.run import (
@@ -96,11 +96,6 @@ class Teacher:
         return targets
 
 
-def upload(x: Tensor, device: torch.device) -> Tensor:
-    """x on `device`, without waiting for what a CUDA device still has to do (pageable memory is copied at once)."""
-    return x.to(device, non_blocking=device.type == "cuda" and x.device.type == "cpu")
-
-
 class AugmentedTargets:
     """The teacher's features of cropped and mirrored training images, kept per pair (image, variant) once drawn.
 
@@ -147,6 +142,12 @@ class AugmentedTargets:
             return f"targets: cache for {kept:.0%} of {pairs} in {size:.1f} GB ({self.cache_device.type}, {self.dtype})"
         why = f" (its table alone does not fit into {self.gigabytes:g} GB)" if self.gigabytes else ""
         return f"targets: no cache{why}, the teacher computes all of {pairs}"
+
+    @staticmethod
+    def need(images: int, size: int, flip: bool, dim: int, gigabytes: float, precision: str) -> int:
+        """Bytes that it will take at most."""
+        row = dim * (4 if precision == "fp32" else 2) + torch.int32.itemsize
+        return min(int(gigabytes * 1e9), images * num_variants(size, flip) * row)
 
     def __call__(self, index: Tensor, variant: Tensor) -> Tensor:
         """Features of pixels[index] as their variants show them. index, variant: (B,) int64 on the CPU (from its

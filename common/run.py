@@ -61,7 +61,6 @@ def cli(main: Callable, args_class: type) -> None:
     """
     catch_signals()
     threading.excepthook = quiet_about_files
-    command = f"python {shlex.quote(sys.argv[0])}"
     args = None
     try:
         default = args_class()
@@ -72,13 +71,11 @@ def cli(main: Callable, args_class: type) -> None:
                 default = load_args(args_class, word.split("=", 1)[1])
         args = tyro.cli(args_class, default=default, description=sys.modules[main.__module__].__doc__)
         main(args)
-    except UserError as error:
+    except (UserError, kernels.FailedFactorization) as error:
         fail(str(error))
-    except kernels.FailedFactorization as error:
-        fail(f"{error}{kept()}")
     except KeyboardInterrupt:
         again = f"--resume {shlex.quote(str(Run.latest))}" if Run.latest else shlex.join(sys.argv[1:])
-        print(f"\nstopped; go on with: {command} {again}".rstrip(), file=sys.stderr)
+        print(f"\nstopped; go on with: {interpreter()} {shlex.quote(sys.argv[0])} {again}".rstrip(), file=sys.stderr)
         sys.exit(128 + (_stop["signal"] or signal.SIGINT))
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
@@ -89,6 +86,12 @@ def cli(main: Callable, args_class: type) -> None:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         fail(f"could not write {error.filename or 'a file'} ({error.strerror}); free some space{kept()}")
+
+
+def interpreter() -> str:
+    """What to type for this Python: "python" where that is the one on the path."""
+    found = shutil.which("python")
+    return "python" if found and os.path.samefile(found, sys.executable) else shlex.quote(sys.executable)
 
 
 def quiet_about_files(info) -> None:
@@ -110,10 +113,10 @@ def kept() -> str:
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Whether it is Python's, CUDA's or the CPU allocator's (a RuntimeError, known by its words alone)."""
+    """Whether it says that memory ran out (most libraries raise RuntimeError, known by its words alone)."""
     words = str(error)
-    kinds = (MemoryError, torch.OutOfMemoryError)
-    return isinstance(error, kinds) or "can't allocate memory" in words or "out of memory" in words
+    known = ("can't allocate memory", "out of memory", "ALLOC_FAILED", "bad_alloc")  # CPU, CUDA, its libraries, C++
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(part in words for part in known)
 
 
 def load_args(args_class: type, folder: str | Path):
@@ -126,6 +129,8 @@ def load_args(args_class: type, folder: str | Path):
         saved = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"--resume {folder}: no readable args.json there ({error}); name a run folder") from None
+    if not isinstance(saved, dict):
+        raise UserError(f"--resume {folder}: its args.json holds no flags; name a run folder")
     fields = {f.name for f in dataclasses.fields(args_class)}
     if unknown := sorted(set(saved) - fields):
         raise UserError(f"--resume {folder}: made by another script or version (it has {', '.join(unknown)})")
@@ -155,12 +160,25 @@ def fill(args, preset: dict):
     return dataclasses.replace(args, **unset)
 
 
+def check_limits(args, limits: dict[tuple[float, float], str]) -> None:
+    """limits: {(low, high): names of flags}. Raises UserError unless each number is in low .. high; None may be."""
+    for (low, high), names in limits.items():
+        for name in names.split():
+            value = getattr(args, name)
+            for number in value if isinstance(value, tuple) else [value]:
+                if number is not None and not low <= number <= high:
+                    bound = f"at least {low:g}" if high == math.inf else f"in {low:g} .. {high:g}"
+                    raise UserError(f"--{name.replace('_', '-')} {number}: must be {bound}")
+
+
 def pick_device(name: str) -> torch.device:
     """CUDA where there is one, else the CPU, for "auto". Raises UserError for a device that does not exist."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise NotImplementedError("not one of cpu, cuda, mps")
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = first_line(error)
@@ -203,6 +221,17 @@ def finish_steps() -> Iterator[None]:
         yield
     finally:
         _stop["wait"] = False
+
+
+@contextlib.contextmanager
+def stop_at_once() -> Iterator[None]:
+    """Inside the block a signal raises Stopped where it comes, as outside finish_steps; so does one that waits."""
+    stop_if_asked()
+    before, _stop["wait"] = _stop["wait"], False
+    try:
+        yield
+    finally:
+        _stop["wait"] = before
 
 
 def stop_asked() -> bool:
@@ -260,6 +289,10 @@ def write_atomic(path: str | Path, writer: Callable[[Path], None]) -> None:
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # two runs may write one teacher
+    for left in path.parent.glob(f".{path.name}.*.tmp"):  # of a write that was killed, a day ago or more
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > 86_400:
+                left.unlink()
     try:
         writer(temporary)
         temporary.chmod(0o644)  # safetensors writes files that only their owner may read
@@ -341,8 +374,14 @@ def bytes_per_image(function: Callable[[Tensor], Tensor], x: Tensor) -> int:
     return (kept(torch.cat([x, x])) - kept(x)) // len(x)  # the difference: weights are kept as well
 
 
-def check_memory(phases: dict[str, dict[str, int]], device: torch.device) -> None:
-    """Print the estimate of the hungriest phase. phases: {phase: {flag that sets it: bytes}}.
+def fit_chunk(n: int, image: int, rest: int, device: torch.device) -> int:
+    """How many of n images of `image` bytes each fit beside `rest` into 0.7 of the free memory: 1 to n."""
+    free = available_memory(device)
+    return n if free is None else max(1, min(n, (int(0.7 * free) - rest) // max(1, image)))
+
+
+def check_memory(phases: dict[str, dict[str, int]], device: torch.device) -> int:
+    """Print and return the bytes of the hungriest phase. phases: {phase: {flag that sets it: bytes}}.
 
     Raises UserError if it cannot fit, naming the flag that takes most.
     """
@@ -353,8 +392,9 @@ def check_memory(phases: dict[str, dict[str, int]], device: torch.device) -> Non
         flag, most = max(parts.items(), key=lambda item: item[1])
         raise UserError(
             f"the {phase} needs about {need / 1e9:.1f} GB of memory on {device}, {free / 1e9:.1f} GB are free; "
-            f"{flag} takes {most / 1e9:.1f} GB of it: lower it"
+            f"{most / 1e9:.1f} GB of it are set by {flag}: lower it"
         )
+    return need
 
 
 # ------------------------------------------------------------------------------------------------------------- the run
@@ -387,16 +427,17 @@ class Run:
         else:
             self.folder = new_folder(Path(args.out_dir), f"{data_name}__{self.name}__{args.seed}")
             shutil.copy(script, self.folder / "script.py")
-        Run.latest = self.folder
         self.args = args
         write_json(self.folder / "args.json", dataclasses.asdict(args))
+        Run.latest = self.folder
         self.start = self.state["step"] if self.state else 0
         self.seconds_before = self.state["seconds"] if self.state else 0.0
         self.began = time.monotonic()
         self.history = self.state["history"] if self.state else []  # [step, loss]
-        self.board = SummaryWriter(str(self.folder), purge_step=self.start if args.resume else None)
+        self.board = SummaryWriter(str(self.folder), purge_step=self.start + 1 if args.resume else None)
         self.bar, self.seconds_per_100_steps, self.prediction, self.no_better_since = None, None, None, None
-        self.interval, self.terms = Interval(args.save_minutes), ""
+        self.interval, self.terms, self.checked, self.saved = Interval(args.save_minutes), "", self.start, self.start
+        self.pauses = self.ticked = 0.0
         print(f"run: {self.folder} on {device_words(self.device)}, torch {torch.__version__}", flush=True)
         if args.resume:
             print(f"run: resumed at step {self.start}", flush=True)
@@ -447,8 +488,9 @@ class Run:
                         end = time.strftime("%H:%M", time.localtime(time.time() + self.seconds_left()))
                         words = tqdm.format_interval(predicted)
                         tqdm.write(f"run: about {words} in all, evaluation included, until {end}")
-                    stop_if_asked()
-                stop_if_asked()
+                    if self.saved == self.done:  # else it came after the question whether to save: one step more
+                        stop_if_asked()
+            stop_if_asked()
             if self.start < total:
                 self.seconds_per_100_steps = 100 * self.seconds_per_step()
 
@@ -461,9 +503,10 @@ class Run:
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:
-        """Time spent in the block is no part of a step."""
+        """Time spent in the block is no part of a step, and a signal stops it at once: save before it."""
         began = time.monotonic()
-        yield
+        with stop_at_once():
+            yield
         self.pauses += time.monotonic() - began
         self.ticked += time.monotonic() - began
 
@@ -472,21 +515,33 @@ class Run:
         return done % every == 0 or done == self.total or self.interval.due() or stop_asked()
 
     def check_finite(self, step: int, scalars: dict[str, float], context: str = "") -> None:
-        """Raises UserError if a scalar is not finite, naming all of them and `context` (n_s, d, lam)."""
+        """Raises UserError if a scalar is not finite or a ridge solve failed since the last check.
+
+        It names all scalars and `context` (n_s, d). Waits for the device.
+        """
         self.terms = ", ".join(f"{key} {value:.4g}" for key, value in scalars.items()) + f"; {context}"
+        since, self.checked = self.checked + 1, step
+        steps = f"{step}" if since >= step else f"{since} to {step}"
+        try:
+            kernels.raise_if_failed(steps)
+        except kernels.FailedFactorization as error:
+            raise UserError(f"{error} ({self.terms}); {self.last_checkpoint()}") from None
         if not all(math.isfinite(value) for value in scalars.values()):
-            raise UserError(f"step {step}: not finite ({self.terms}); {self.mend()}")
+            raise UserError(f"step {steps}: not finite ({self.terms}); {self.mend()}")
 
     def mend(self) -> str:
-        last = "the last good checkpoint stays in" if self.file("checkpoint.pt").exists() else "no checkpoint yet in"
-        return f"lower the learning rates or raise --ridge; {last} {self.folder}"
+        return f"lower the learning rates or raise --ridge; {self.last_checkpoint()}"
+
+    def last_checkpoint(self) -> str:
+        there = self.file("checkpoint.pt").exists()
+        return f"{'the last good checkpoint stays' if there else 'there is no checkpoint yet'} in {self.folder}"
 
     def log(self, step: int, scalars: dict[str, float]) -> None:
         """Write scalars to TensorBoard with steps/s and memory; "loss" goes into the progress bar and curve.png."""
         now, self.done = time.monotonic(), step
         speed = {
             "steps_per_s": (step - self.tick_step) / max(now - self.ticked, 1e-9),
-            "memory_gb": peak_memory() / 1e9,
+            "memory_gb": peak_memory(self.device) / 1e9,
         }
         self.ticked, self.tick_step = now, step
         for key, value in (scalars | speed).items():
@@ -512,6 +567,7 @@ class Run:
         state |= dict(history=self.history)
         write_atomic(self.file("checkpoint.pt"), lambda tmp: torch.save(state, tmp))
         self.interval.start()
+        self.saved = step
 
     def log_evaluation(self, step: int, scalars: dict[str, float]) -> None:
         """Write scalars of the distilled set to TensorBoard; they have no part in the loop's speed or loss."""
@@ -531,7 +587,7 @@ class Run:
                 f"{steps[since]}; the rates still fall to their end, so a new run with fewer --steps may do as well"
             )
 
-    def check(self, what: str, value: Tensor) -> None:
+    def check_same(self, what: str, value: Tensor) -> None:
         """On resume: compare `value` with what save(checked=...) stored. Raises UserError if it is another's."""
         if self.state:
             saved = self.state["checked"]
@@ -560,7 +616,7 @@ class Run:
             seconds=round(self.seconds(), 1),
             seconds_predicted=self.prediction,
             seconds_per_100_steps=self.seconds_per_100_steps,
-            peak_memory_bytes=peak_memory(),
+            peak_memory_bytes=peak_memory(self.device),
             device=device_words(self.device),
             commit=commit(),
             versions=versions(),
@@ -569,7 +625,8 @@ class Run:
         result = result | facts
         write_json(self.file("result.json"), result)
         self.board.close()
-        print(f"run: {self.file('result.json')} after {result['seconds']:.0f} s, {peak_memory() / 1e9:.1f} GB")
+        cost = f"{result['seconds']:.0f} s, {result['peak_memory_bytes'] / 1e9:.1f} GB"
+        print(f"run: {self.file('result.json')} after {cost}")
         return result
 
 
@@ -611,10 +668,10 @@ def new_folder(parent: Path, prefix: str) -> Path:
     raise UserError(f"--out-dir {parent}: a thousand runs started this second")
 
 
-def peak_memory() -> int:
-    """Peak bytes: of the GPU's allocator where it was used, else of the process."""
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return torch.cuda.max_memory_allocated()
+def peak_memory(device: torch.device) -> int:
+    """Peak bytes: of the GPU's allocator, else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     with contextlib.suppress(OSError, StopIteration):  # on Linux getrusage counts what started this process as well
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))

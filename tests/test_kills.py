@@ -13,29 +13,35 @@ from safetensors.torch import load_file
 from test_bad_input import SCRIPTS
 from watched import REPO, equal, flags, same_end, start
 
-STEPS = 40
+from common.run import interpreter, load_checkpoint
+
+STEPS = 48
 CHAINS = {  # ten accidents each, in runs that keep different things between steps
     "krr_st": [
         dict(),
         dict(outer_aug="crop_flip", batch_real=500, cache_gb=2e-4),
-        dict(chunk=2, precision="bf16", eval_every=7, eval_runs=1),
-        dict(holdout=0.2, eval_every=11, pool_opt="adamw", outer_opt="sgd", save_minutes=1e-3),
+        dict(chunk=2, precision="bf16", eval_every=7),
+        dict(holdout=0.2, eval_every=5, pool_opt="adamw", outer_opt="sgd", save_minutes=1e-3),
         dict(ridge_grad=True, ridge_precision="fp32", norm="instance", pool_reset="released", grad_clip=1e-3),
     ]
 }
 # in the teacher's training, of 11 batches an epoch; 1 is the first batch of the process
 TEACHER = [("teacher", "SIGKILL", 2, 9), ("teacher", "SIGTERM", 2, 9), ("teacher_save", "SIGKILL", 1, 1),
            ("teacher_save", "disk", 1, 1)]  # fmt: skip
-# in the run: six of these get through at most 36 of its 40 steps
+# in the run: six of these get through at most 42 of its 48 steps
 LOOP = [("step", "SIGKILL", 2, 6), ("step", "SIGTERM", 2, 6), ("step", "SIGINT", 2, 6), ("run_save", "SIGKILL", 1, 1),
         ("run_save", "disk", 1, 1), ("rename", "SIGKILL", 1, 2)]  # fmt: skip
+CURVE = [("score", "SIGKILL", 1, 1), ("score", "SIGTERM", 1, 1)]  # inside the loop, where it has evaluations
 SCORE = [("score", "SIGKILL", 1, 3), ("score", "SIGTERM", 1, 3)]
 EXIT = {"SIGKILL": -signal.SIGKILL, "SIGTERM": 143, "SIGINT": 130, "disk": 2}
 
 
-def accidents(seed: int) -> list[str]:
+def accidents(seed: int, curve: bool) -> list[str]:
     draw = random.Random(seed)
-    kinds = draw.choices(TEACHER, k=3) + draw.choices(LOOP, k=6) + draw.choices(SCORE, k=1)
+    loop = draw.choices(LOOP, k=6)
+    if curve:
+        loop[1:3] = CURVE
+    kinds = draw.choices(TEACHER, k=3) + loop + draw.choices(SCORE, k=1)
     return [f"{place}:{draw.randint(low, high)}:{what}" for place, what, low, high in kinds]
 
 
@@ -54,16 +60,18 @@ def test_accidents_leave_no_trace(name, chain, tmp_path, capsys):
     done = start(script, flags(**values, out_dir=straight))
     assert done.returncode == 0, done.stderr
     log = []
-    for accident in accidents(chain):
-        what = accident.split(":")[2]
+    for accident in accidents(chain, "eval_every" in values):
+        place, nth, what = accident.split(":")
         begun = hurt.exists()
         words = ["--resume", str(the_run(hurt))] if begun else flags(**values, out_dir=hurt)
         done = start(script, words, accident)
         assert done.returncode == EXIT[what], (accident, done.stdout, done.stderr)
         assert f"accident: {what}" in done.stdout and "Traceback" not in done.stderr, (accident, done.stderr)
-        if what.startswith("SIG") and what != "SIGKILL":
-            assert f"go on with: python {script} --resume {the_run(hurt)}" in done.stderr
         step = next((line.split()[-1] for line in done.stdout.splitlines() if "resumed at step" in line), "0")
+        if what in ("SIGTERM", "SIGINT"):
+            assert f"go on with: {interpreter()} {script} --resume {the_run(hurt)}" in done.stderr
+            if place == "step":  # the step it met is done and saved
+                assert load_checkpoint(the_run(hurt) / "checkpoint.pt")["step"] == int(step) + int(nth)
         log.append(f"{name} chain {chain}: {accident} in a run begun at step {step}: exit {done.returncode}")
     done = start(script, ["--resume", str(the_run(hurt))])
     assert done.returncode == 0, done.stderr

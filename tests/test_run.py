@@ -142,6 +142,9 @@ def test_pick_device():
         R.pick_device("cuda:77")
     assert "--device cuda:77" in one_line(error)
     with pytest.raises(UserError) as error:
+        R.pick_device("meta")
+    assert "not one of cpu, cuda, mps" in one_line(error)
+    with pytest.raises(UserError) as error:
         R.pick_device("toaster")
     assert "--device toaster" in one_line(error)
 
@@ -214,7 +217,7 @@ def test_a_value_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_p
     run.save(1, x_s=torch.ones(2))
     with pytest.raises(UserError) as error:
         run.check_finite(2, {"loss": value, "lam": 0.5}, "n_s 10, d 65")
-    assert all(word in one_line(error) for word in ("step 2", "loss", "lam 0.5", "n_s 10, d 65"))
+    assert all(word in one_line(error) for word in ("step 1 to 2", "loss", "lam 0.5", "n_s 10, d 65"))
     with pytest.raises(UserError) as error:
         run.save(2, x_s=torch.tensor([1.0, value]))
     assert "x_s is not finite" in one_line(error)
@@ -312,7 +315,7 @@ def test_a_signal_finishes_the_step_saves_and_prints_the_command_that_goes_on(to
     assert out.splitlines() == ["end of step 1"]  # finished, and no other begun
     (folder,) = (tmp_path / "runs").iterdir()
     assert R.load_checkpoint(folder / "checkpoint.pt")["step"] == 2
-    assert err.rstrip().splitlines()[-1] == f"stopped; go on with: python toy.py --resume runs/{folder.name}"
+    assert err.rstrip().splitlines()[-1] == f"stopped; go on with: {R.interpreter()} toy.py --resume runs/{folder.name}"
     assert "Traceback" not in err
     again = toy("--resume", f"runs/{folder.name}")
     until(again, "data"), go_on(again)
@@ -344,10 +347,10 @@ def test_a_signal_outside_the_loop_stops_there(toy, tmp_path, place):
     assert process.returncode == 143 and "Traceback" not in err
     last = err.rstrip().splitlines()[-1]
     if place == "data":
-        assert last == "stopped; go on with: python toy.py --seed 5"
+        assert last == f"stopped; go on with: {R.interpreter()} toy.py --seed 5"
     else:
         (folder,) = (tmp_path / "runs").iterdir()
-        assert last == f"stopped; go on with: python toy.py --resume runs/{folder.name}"
+        assert last == f"stopped; go on with: {R.interpreter()} toy.py --resume runs/{folder.name}"
         assert R.load_checkpoint(folder / "checkpoint.pt")["step"] == 5
 
 
@@ -408,6 +411,47 @@ def clock(monkeypatch):
 
     monkeypatch.setattr(R.time, "monotonic", lambda: Clock.now)
     return Clock
+
+
+def test_a_signal_after_the_question_whether_to_save_waits_for_the_next_step(tmp_path, script):
+    """Never a stop without a checkpoint of the step it stops at."""
+    run = Run(str(script), Args(str(tmp_path / "runs")), "digits", "hash")
+    handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    R.catch_signals()
+    try:
+        with pytest.raises(R.Stopped):
+            for step in run.steps(9):
+                saving = run.due(step + 1, 100)
+                if step == 3:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                if saving:
+                    run.save(step + 1, x_s=torch.ones(1))
+    finally:
+        for each, handler in zip((signal.SIGINT, signal.SIGTERM), handlers, strict=True):
+            signal.signal(each, handler)
+        R._stop.update(signal=0, wait=False)
+    assert step == 4 and R.load_checkpoint(run.file("checkpoint.pt"))["step"] == 5
+
+
+def test_a_signal_stops_what_is_aside_at_once(tmp_path, script):
+    run = Run(str(script), Args(str(tmp_path / "runs")), "digits", "hash")
+    handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    R.catch_signals()
+    reached = []
+    try:
+        with pytest.raises(R.Stopped):
+            for step in run.steps(9):
+                run.save(step + 1, x_s=torch.ones(1))
+                with run.aside():
+                    reached.append(step)
+                    if step == 2:
+                        os.kill(os.getpid(), signal.SIGTERM)
+                        reached.append("after the signal")
+    finally:
+        for each, handler in zip((signal.SIGINT, signal.SIGTERM), handlers, strict=True):
+            signal.signal(each, handler)
+        R._stop.update(signal=0, wait=False)
+    assert reached == [0, 1, 2]
 
 
 def test_checkpoints_are_due_by_steps_by_time_and_at_the_end(tmp_path, script, clock):
@@ -475,6 +519,37 @@ def test_bytes_per_image_counts_each_map_once_and_no_weights(device):
     assert R.bytes_per_image(lambda x: conv(x) + conv(x), x) == images
 
 
+def test_the_chunk_fills_seven_tenths_of_the_free_memory(monkeypatch):
+    monkeypatch.setattr(R, "available_memory", lambda device: 1000)
+    cpu = torch.device("cpu")
+    assert R.fit_chunk(50, 10, 200, cpu) == 50 and R.fit_chunk(51, 10, 200, cpu) == 50
+    assert R.fit_chunk(51, 10, 5000, cpu) == 1  # check_memory refuses it
+    monkeypatch.setattr(R, "available_memory", lambda device: None)
+    assert R.fit_chunk(51, 10, 5000, cpu) == 51
+
+
+def test_limits_name_the_flag_and_the_bound():
+    @dataclass
+    class Flags:
+        lr_img: float = 0.1
+        lr_end: float = 0.5
+        widths: tuple[int, ...] = (4, 4)
+        chunk: int | None = None
+
+    limits = {(0, float("inf")): "lr_img chunk widths", (0, 1): "lr_end"}
+    R.check_limits(Flags(), limits)
+    for change, words in (
+        (dict(lr_img=-1.0), "--lr-img -1.0: must be at least 0"),
+        (dict(lr_img=float("nan")), "--lr-img nan: must be at least 0"),
+        (dict(widths=(4, -4)), "--widths -4: must be at least 0"),
+        (dict(lr_end=1.5), "--lr-end 1.5: must be in 0 .. 1"),
+        (dict(chunk=-2), "--chunk -2: must be at least 0"),
+    ):
+        with pytest.raises(UserError) as error:
+            R.check_limits(Flags(**change), limits)
+        assert one_line(error) == words
+
+
 def test_memory_that_does_not_fit_is_refused_with_the_flag_that_takes_most(monkeypatch, capsys):
     monkeypatch.setattr(R, "available_memory", lambda device: 5_000_000_000)
     cpu = torch.device("cpu")
@@ -482,7 +557,9 @@ def test_memory_that_does_not_fit_is_refused_with_the_flag_that_takes_most(monke
     assert "about 4 GB for the outer loop, 5 GB free" in capsys.readouterr().out
     with pytest.raises(UserError) as error:
         R.check_memory({"outer loop": {"--pool": 1}, "evaluation": {"--cache-gb": 4 * 10**9, "--pool": 2 * 10**9}}, cpu)
-    assert all(words in one_line(error) for words in ("evaluation", "6.0 GB", "5.0 GB", "--cache-gb takes 4.0 GB"))
+    assert all(
+        words in one_line(error) for words in ("evaluation", "6.0 GB", "5.0 GB", "4.0 GB of it are set by --cache-gb")
+    )
     monkeypatch.setattr(R, "available_memory", lambda device: None)
     R.check_memory({"outer loop": {"--pool": 10**15}}, cpu)  # unknown: said, not refused
 
