@@ -51,7 +51,7 @@ class Args:
     data_dir: str = "data"
     """where public sets are downloaded to and decoded folders are cached"""
     size: int | None = None
-    """side of the images in pixels; None: as they are (a folder of unequal images needs it)"""
+    """side of the images in pixels; None: a named set's usual size, a folder as it is (unequal images need it)"""
     resize: Literal["squash", "crop"] = "squash"
     """squash: straight to a square with Lanczos (published for fine-grained sets); crop: centre crop"""
     channels: Literal["auto", "rgb", "grey"] = "auto"
@@ -403,7 +403,10 @@ def main(args: Args) -> dict:
         args = replace(args, chunk=fit_chunk(args.num_images, image, sum(phases["outer step"].values()), device))
     phases["outer step"]["--chunk"] = min(args.chunk, args.num_images) * image
     need = check_memory(phases, device)
-    backend = kernels.describe(args.ridge_precision, device)
+    try:
+        backend = kernels.describe(args.ridge_precision, device)
+    except ValueError as error:  # float64 where the device has none
+        raise UserError(f"--ridge-precision: {error}") from None
     print(backend)
     run = Run(__file__, args, data.name, data.content)
     args = run.args

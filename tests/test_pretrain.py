@@ -664,6 +664,8 @@ def test_the_cache_keeps_to_its_bytes(upright, precision, width):
     for size in (4 * pairs + row - 1, 4 * pairs, 4 * pairs - 1, 0):
         assert capacity(size) == (0, 0)  # no table either
     assert capacity(4 * pairs + pairs * row)[0] == capacity(10**9)[0] == pairs
+    need = lambda gigabytes: AugmentedTargets.need(len(pixels), 8, flip, 16, gigabytes, precision)  # noqa: E731
+    assert need(1.0) == 4 * pairs + pairs * row and need(1e-6) == 1000 and need(0.0) == 0
 
 
 def test_the_cache_says_what_it_is(upright):
