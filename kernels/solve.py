@@ -112,11 +112,12 @@ def record_failure(info: Tensor, lam: Tensor, op: str, m: int, n: int | None, d:
     noted_call.masked_fill_(first, call)  # not torch.where: that would copy a Python number to the device, and wait
 
 
-def raise_if_failed(step: int) -> None:
+def raise_if_failed(step: int | str) -> None:
     """Raises FailedFactorization if a factorisation failed since the last call, and clears the record.
 
-    The message names the step, the sizes and the ridge of the first failure. The only function of the package that
-    waits for the device: call it where the loop logs, not at every step.
+    step: when that was, for the message: 12, or "1 to 12" where not every step asks. The message also has the sizes
+    and the ridge of the first failure. The only function of the package that waits for the device: call it where the
+    loop logs, not at every step.
     """
     found = [record.tolist() for record in _first_failure.values()]
     for record in _first_failure.values():
