@@ -61,7 +61,7 @@ def cli(main: Callable, args_class: type) -> None:
     """
     catch_signals()
     threading.excepthook = quiet_about_files
-    args = None
+    args, Run.latest = None, None
     try:
         default = args_class()
         for i, word in enumerate(sys.argv[1:], 1):
@@ -317,6 +317,8 @@ def load_checkpoint(path: str | Path) -> dict:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except Exception as error:  # torch raises many kinds here
+        if out_of_memory(error):
+            raise
         reason = first_line(error)
         raise UserError(f"{path}: not a readable checkpoint ({reason}); delete it to start over") from None
 

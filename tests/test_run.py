@@ -117,6 +117,15 @@ def test_load_checkpoint_refuses_a_truncated_and_a_pickled_file(tmp_path):
     assert "not a readable checkpoint" in one_line(error)
 
 
+def test_memory_that_runs_out_is_not_blamed_on_the_checkpoint(tmp_path, monkeypatch):
+    def load(*args, **kwargs):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(RuntimeError, match="allocate"):
+        R.load_checkpoint(tmp_path / "checkpoint.pt")
+
+
 def test_preset_name_prefers_the_flag_then_the_name_then_the_size():
     presets = {"digits": {}, "cifar10": {}, "8px": {}, "16px": {}, "48px": {}}
     assert R.preset_name(presets, "cifar10", "digits", True, 8) == "cifar10"
