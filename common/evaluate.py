@@ -263,7 +263,7 @@ class Scored:
             write_json(self.path, {"key": self.key, "rows": self.rows})
 
 
-def seconds_of(function: Callable, device: torch.device, least: float = 0.05) -> float:
+def seconds_of(function: Callable, device: torch.device, least: float = 0.1) -> float:
     """Seconds of one call: after a first one, repeated until `least` seconds have passed."""
     function()
     if device.type == "cuda":

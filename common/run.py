@@ -478,12 +478,14 @@ class Run:
         self.total, self.later, self.pauses, self.done = total, later, 0.0, self.start
         with tqdm(total=total, initial=self.start, desc=self.name, mininterval=every, dynamic_ncols=True) as self.bar:
             self.loop_began = self.ticked = time.monotonic()
-            self.tick_step = self.start
+            self.tick_step, self.first = self.start, 0
             with finish_steps():
                 for step in range(self.start, total):
                     yield step
                     self.done = step + 1
                     self.bar.update()
+                    if step == self.start:  # what the first step loads and allocates says nothing of the others
+                        self.loop_began, self.first, self.pauses = time.monotonic(), 1, 0.0
                     if self.prediction is None and self.done - self.start >= max(3, total // 50):
                         predicted = self.seconds() + self.seconds_left()
                         self.prediction = {"at_step": self.done, "seconds": round(predicted, 1)}
@@ -497,7 +499,7 @@ class Run:
                 self.seconds_per_100_steps = 100 * self.seconds_per_step()
 
     def seconds_per_step(self) -> float:
-        return (time.monotonic() - self.loop_began - self.pauses) / max(1, self.done - self.start)
+        return (time.monotonic() - self.loop_began - self.pauses) / max(1, self.done - self.start - self.first)
 
     def seconds_left(self) -> float:
         """Predicted seconds to the end of the whole run."""

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from watched import equal, same_end
 
+import common.evaluate
 import common.run
 import krr_st
 from common.artefact import load_distilled
@@ -602,6 +603,31 @@ def test_the_curve_survives_a_stop(out_dir, monkeypatch):
     curve = json.loads((folder / "curve.json").read_text())
     assert [point["step"] for point in curve] == [3, 6, 9, 12]  # 3 and 6 from before the checkpoint at 8
     assert [step for step, _ in common.run.load_checkpoint(folder / "checkpoint.pt")["history"]] == list(range(1, 13))
+
+
+def test_a_stop_in_an_evaluation_of_the_curve_goes_on_with_it(out_dir, tmp_path, monkeypatch):
+    """The evaluation at step 5 is stopped: nothing of the five steps is lost, and the curve has its point."""
+    flags = dict(eval_every=5, save_every=100)
+    shutil.copytree(out_dir / "teachers", tmp_path / "straight" / "teachers")
+    main(tiny(tmp_path / "straight", **flags))
+    score, calls = common.evaluate.score_network, []
+
+    def stop(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return score(*args)
+
+    monkeypatch.setattr(common.evaluate, "score_network", stop)
+    with pytest.raises(KeyboardInterrupt):
+        main(tiny(out_dir, **flags))
+    folder = only_run(out_dir)
+    assert common.run.load_checkpoint(folder / "checkpoint.pt")["step"] == 5
+    calls.clear()
+    monkeypatch.setattr(common.evaluate, "score_network", lambda *args: calls.append(args) or score(*args))
+    main(common.run.load_args(Args, folder))
+    assert len(calls) == 1 + 2 + 3 * 2  # the second network at step 5, step 10, and the table
+    same_end(folder, only_run(tmp_path / "straight"))
 
 
 def test_a_finished_run_can_be_scored_again(out_dir, teachers):
