@@ -85,11 +85,13 @@ class BasicBlock(nn.Module):
         self.bn1 = nn.BatchNorm2d(width)
         self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(width)
-        self.downsample = shortcut(c_in, width, stride)
+        self.stride, self.downsample = stride, shortcut(c_in, width, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        return F.relu(out + (x if self.downsample is None else self.downsample(x)))
+        return F.relu(
+            out + (x if self.downsample is None else self.downsample(x[:, :, :: self.stride, :: self.stride]))
+        )
 
 
 class Bottleneck(nn.Module):
@@ -103,17 +105,25 @@ class Bottleneck(nn.Module):
         self.bn2 = nn.BatchNorm2d(width)
         self.conv3 = nn.Conv2d(width, width * 4, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(width * 4)
-        self.downsample = shortcut(c_in, width * 4, stride)
+        self.stride, self.downsample = stride, shortcut(c_in, width * 4, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))))
-        return F.relu(self.bn3(self.conv3(out)) + (x if self.downsample is None else self.downsample(x)))
+        out = self.bn3(self.conv3(out))
+        return F.relu(
+            out + (x if self.downsample is None else self.downsample(x[:, :, :: self.stride, :: self.stride]))
+        )
 
 
 def shortcut(c_in: int, c_out: int, stride: int) -> nn.Sequential | None:
+    """The projection of a block that changes the shape, to be given every stride-th pixel.
+
+    A convolution with kernel 1 and that stride is the same, but oneDNN (torch 2.11) writes out of bounds in its
+    channels-last backward pass where it has 8 input channels or fewer and large maps.
+    """
     if stride == 1 and c_in == c_out:
         return None
-    return nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
+    return nn.Sequential(nn.Conv2d(c_in, c_out, 1, bias=False), nn.BatchNorm2d(c_out))
 
 
 RESNETS = {

@@ -1,6 +1,7 @@
 """common/models.py: sizes of the specification, torchvision's ResNets, the ConvNet written out naively."""
 
 import copy
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -392,3 +393,35 @@ def test_frozen_and_chunked_features_on_a_gpu(norm):
     gradient = torch.autograd.grad((out.cpu() * weight).sum(), images)[0]
     torch.testing.assert_close(out.cpu(), expected[0], rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(gradient.cpu(), expected[1], rtol=1e-10, atol=1e-10)
+
+
+def test_narrow_resnets_do_not_crash_on_large_maps():
+    """A strided convolution with kernel 1 did, in a process of its own so that a crash is a failure."""
+    code = """if True:
+        import torch
+        from common.models import ResNet
+        net = ResNet("resnet10", 3, 4)
+        net(torch.ones(128, 3, 64, 64)).sum().backward()
+        print("alive")
+    """
+    env = os.environ | {
+        "PYTHONPATH": str(Path(common.models.__file__).parent.parent),
+        "OMP_NUM_THREADS": "1",
+        "MALLOC_CHECK_": "3",
+    }
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert done.returncode == 0 and done.stdout == "alive\n", done.stderr
+
+
+def test_the_shortcut_is_a_strided_convolution():
+    """What torchvision's ResNets, whose files load here, compute."""
+    torch.manual_seed(0)
+    net = ResNet("resnet10", 3, 4).double().eval()
+    x = torch.randn(2, 3, 9, 9, dtype=torch.float64)  # odd maps as well
+    block, seen = net.layer2[0], {}
+    block.downsample.register_forward_hook(lambda module, inputs, output: seen.update(output=output))
+    block.register_forward_hook(lambda module, inputs, output: seen.update(x=inputs[0]))
+    net(x)
+    conv, norm = block.downsample
+    expected = norm(F.conv2d(seen["x"], conv.weight, stride=2))
+    torch.testing.assert_close(seen["output"], expected, rtol=1e-12, atol=1e-12)
