@@ -89,9 +89,9 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        return F.relu(
-            out + (x if self.downsample is None else self.downsample(x[:, :, :: self.stride, :: self.stride]))
-        )
+        if self.downsample is not None:
+            x = self.downsample(x[:, :, :: self.stride, :: self.stride])
+        return F.relu(out + x)
 
 
 class Bottleneck(nn.Module):
@@ -110,9 +110,9 @@ class Bottleneck(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))))
         out = self.bn3(self.conv3(out))
-        return F.relu(
-            out + (x if self.downsample is None else self.downsample(x[:, :, :: self.stride, :: self.stride]))
-        )
+        if self.downsample is not None:
+            x = self.downsample(x[:, :, :: self.stride, :: self.stride])
+        return F.relu(out + x)
 
 
 def shortcut(c_in: int, c_out: int, stride: int) -> nn.Sequential | None:

@@ -354,8 +354,10 @@ def test_the_chunk_is_what_fits_the_memory(out_dir, monkeypatch):
     image, phases = krr_st.memory_needs(make_net, data, 16, cpu, common.run.fill(args, krr_st.DIGITS))
     rest = sum(phases["outer step"].values())
     monkeypatch.setattr(common.run, "available_memory", lambda device: int((rest + 3.5 * image) / 0.7))
-    monkeypatch.setattr(krr_st, "check_memory", lambda phases, device: 0)  # other phases need more
+    seen = []  # other phases need more than that, and are not refused here
+    monkeypatch.setattr(krr_st, "check_memory", lambda phases, device: seen.append(phases) or 0)
     main(args)
+    assert seen[0]["outer step"]["--chunk"] == 3 * image
     assert json.loads((only_run(out_dir) / "args.json").read_text())["chunk"] == 3
     monkeypatch.undo()
     assert main(common.run.load_args(Args, only_run(out_dir)))["args"]["chunk"] == 3
