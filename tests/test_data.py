@@ -130,6 +130,9 @@ def test_split_does_not_depend_on_the_order_of_a_listing(tmp_path, get, monkeypa
             super().__init__()
             self.entries = iter(sorted(scandir(top), key=lambda entry: entry.name, reverse=True))
 
+        def __enter__(self):
+            return self
+
         def __iter__(self):
             return self.entries
 
