@@ -1,13 +1,16 @@
 """Ridge regression on features and the linear algebra under it; see kernels/README.md."""
 
-from .gram import describe, gram, resolve_precision
-from .krr import krr_predict, ridge_fit
+from .backend import describe, resolve_precision
+from .gram import gram, gram_pair
+from .krr import factor_ahead, krr_predict, ridge_fit
 from .solve import FailedFactorization, raise_if_failed, spd_factor, spd_solve
 
 __all__ = [
     "FailedFactorization",
     "describe",
+    "factor_ahead",
     "gram",
+    "gram_pair",
     "krr_predict",
     "raise_if_failed",
     "resolve_precision",

@@ -7,10 +7,20 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import kernels
-from kernels import FailedFactorization, gram, krr_predict, raise_if_failed, ridge_fit, spd_factor, spd_solve
-from kernels.gram import _gram, exact_products, gram_ref, resolve_precision
-from kernels.krr import _krr_predict, _ridge_fit, krr_predict_ref, ridge_fit_ref, route
-from kernels.solve import spd_solve_ref
+from kernels import (
+    FailedFactorization,
+    factor_ahead,
+    gram,
+    krr_predict,
+    raise_if_failed,
+    ridge_fit,
+    spd_factor,
+    spd_solve,
+)
+from kernels.backend import exact_products, resolve_precision
+from kernels.gram import _gram, _gram_pair, gram_ref
+from kernels.krr import _factor_ahead, _krr_predict, _ridge_fit, krr_predict_ref, ridge_fit_ref, route
+from kernels.solve import _spd_factor, _spd_solve, spd_solve_ref
 
 F64 = torch.float64
 
@@ -164,11 +174,20 @@ def test_opcheck(way, batch):
     f_t, f_s, y_s = draw(way, batch)
     lam = torch.full(batch, 0.3, dtype=F64, requires_grad=True)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
-    torch.library.opcheck(_krr_predict, (f_t, f_s, y_s, lam), test_utils=checks)
-    torch.library.opcheck(_krr_predict, (f_t.detach(), f_s, y_s, lam.detach()), test_utils=checks)
-    torch.library.opcheck(_ridge_fit, (f_s, y_s, lam), test_utils=checks)
-    torch.library.opcheck(_gram, (f_t, f_s), test_utils=checks)
-    torch.library.opcheck(_gram, (f_s, None), test_utils=checks)
+    for ones in (False, True):
+        how = "fp64", "torch", ones
+        given = factor_ahead(f_s, lam, y_s.shape[-1], ones=ones)
+        for factor in (None, given):
+            torch.library.opcheck(_krr_predict, (f_t, f_s, y_s, lam, factor, *how), test_utils=checks)
+            torch.library.opcheck(_ridge_fit, (f_s, y_s, lam, factor, *how), test_utils=checks)
+        torch.library.opcheck(_krr_predict, (f_t.detach(), f_s, y_s, lam.detach(), None, *how), test_utils=checks)
+        torch.library.opcheck(_factor_ahead, (f_s.detach(), lam.detach(), 3, *how), test_utils=checks)
+    for op in (_gram, _gram_pair):
+        torch.library.opcheck(op, (f_s, f_t, "fp64", "torch"), test_utils=checks)
+    torch.library.opcheck(_gram, (f_s, None, "fp64", "torch"), test_utils=checks)
+    k = gram(f_s).detach()
+    torch.library.opcheck(_spd_factor, (k, lam.detach(), "torch"), test_utils=checks)
+    torch.library.opcheck(_spd_solve, (k.tril(), y_s.detach(), "torch"), test_utils=checks)
 
 
 @pytest.mark.parametrize("way", SIZES)
@@ -176,8 +195,9 @@ def test_only_the_result_carries_a_gradient(way):
     """What the ops save for their backward is constant to autograd."""
     f_t, f_s, y_s = draw(way)
     lam = torch.tensor(0.3, dtype=F64)
-    assert [x.requires_grad for x in _krr_predict(f_t, f_s, y_s, lam)] == [True, False, False, False, False]
-    assert [x.requires_grad for x in _ridge_fit(f_s, y_s, lam)] == [True, False, False]
+    how = None, "fp64", "torch", False
+    assert [x.requires_grad for x in _krr_predict(f_t, f_s, y_s, lam, *how)] == [True, False, False, False, False]
+    assert [x.requires_grad for x in _ridge_fit(f_s, y_s, lam, *how)] == [True, False, False]
 
 
 @pytest.mark.parametrize("way", SIZES)
@@ -313,13 +333,13 @@ def test_matmul_precision_is_set_inside_and_restored(way, setting, matmul_settin
 
     torch.set_float32_matmul_precision(setting)
     outside = [backend.fp32_precision for backend in matmul_settings]
-    inside, solve = [], kernels.krr.spd_solve
+    inside, solve = [], kernels.krr.solve_
 
     def spy(*args):
         inside.append([backend.fp32_precision for backend in matmul_settings])
         return solve(*args)
 
-    monkeypatch.setattr(kernels.krr, "spd_solve", spy)
+    monkeypatch.setattr(kernels.krr, "solve_", spy)
     pred = krr_predict(f_t, f_s, y_s, 0.1, precision="fp32")
     grads = torch.autograd.grad(pred.sum(), (f_t, f_s, y_s))
     assert inside == [["ieee", "ieee"]] * 2  # forward and backward
@@ -391,7 +411,7 @@ def test_precision_names():
     assert resolve_precision("auto", "cpu") == "fp64"
     assert resolve_precision("auto", "mps") == "fp32"
     assert resolve_precision("fp32", "cpu") == "fp32"
-    assert kernels.describe("auto", "cpu") == "ridge: float64 Cholesky, torch backend (cpu, precision auto)"
+    assert kernels.describe("auto", "cpu") == "ridge: float64, torch backend (cpu, precision auto)"
     assert "float32" in kernels.describe("fp32", "cpu")
     for precision, device in (("double", "cpu"), ("fp64", "mps")):
         with pytest.raises(ValueError, match="precision"):
@@ -646,7 +666,18 @@ def test_numbers_and_tensors_are_the_same_ridge():
 
 
 def test_public_names():
-    functions = ["gram", "ridge_fit", "krr_predict", "spd_factor", "spd_solve", "resolve_precision", "describe"]
+    functions = [
+        "gram",
+        "gram_pair",
+        "ridge_fit",
+        "krr_predict",
+        "factor_ahead",
+        "spd_factor",
+        "spd_solve",
+        "nearest",
+        "barlow_loss",
+    ]
+    functions += ["resolve_precision", "describe"]
     assert sorted(kernels.__all__) == sorted([*functions, "raise_if_failed", "FailedFactorization"])
     assert all(callable(getattr(kernels, name)) for name in kernels.__all__)
 
