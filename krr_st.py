@@ -79,6 +79,9 @@ class Args:
     """of the convolutions; the ridge never runs below fp32"""
     ridge_precision: Literal["auto", "fp64", "fp32"] = "auto"
     """of the kernel ridge regression; auto: fp64 on the CPU and on GPUs with full-rate float64"""
+    backend: Literal["auto", "triton", "torch"] = "auto"
+    """of the ridge: this project's Triton kernels (CUDA only), torch, or auto: whichever was measured faster on this
+    class of GPU (torch without a measurement)"""
     log_every: int = 20
     """steps between log points (TensorBoard, progress bar, check for non-finite values)"""
     save_every: int | None = None
@@ -244,24 +247,23 @@ LIMITS = {  # of flags: one that is out of them is refused before anything begin
 }
 
 
-def phi(features: Tensor) -> Tensor:
-    """[h(x), 1]: (n, d) -> (n, d + 1). The constant feature is the head's bias, regularised like the rest."""
-    return torch.cat([features, features.new_ones(len(features), 1)], 1)
-
-
 def ridge_lam(f_s: Tensor, ridge: float, scale: str, grad: bool) -> Tensor:
-    """lam = ridge * trace(K_ss) [/ n_s]; the trace is the squared norm of f_s (n_s, d + 1). Detached unless `grad`."""
-    trace = f_s.square().sum()
+    """lam = ridge * trace(K_ss) [/ n_s], the squared norm of [f_s, 1], f_s (n_s, d). Detached unless `grad`."""
+    trace = f_s.square().sum() + len(f_s)
     lam = ridge * (trace if scale == "trace" else trace / len(f_s))
     return lam if grad else lam.detach()
 
 
-def krr_st_loss(f_t: Tensor, y_t: Tensor, f_s: Tensor, y_s: Tensor, lam: Tensor, precision: str = "auto") -> Tensor:
+def krr_st_loss(
+    f_t: Tensor, y_t: Tensor, f_s: Tensor, y_s: Tensor, lam: Tensor, precision: str = "auto", backend: str = "auto"
+) -> Tensor:
     """Mean over batch and dimensions of (K_ts (K_ss + lam I)^-1 y_s - y_t)^2: the paper's outer objective.
 
-    f_t: (n_t, d), f_s: (n_s, d) with the ones column, y_t: (n_t, c) the teacher's features, y_s: (n_s, c).
+    f_t: (n_t, d), f_s: (n_s, d) the networks' features, y_t: (n_t, c) the teacher's, y_s: (n_s, c). K is the Gram
+    matrix of [h(x), 1]: the constant feature, never stored, is the head's bias, regularised like the rest.
     """
-    return F.mse_loss(kernels.krr_predict(f_t, f_s, y_s, lam, precision=precision), y_t)
+    prediction = kernels.krr_predict(f_t, f_s, y_s, lam, ones=True, precision=precision, backend=backend)
+    return F.mse_loss(prediction, y_t)
 
 
 @lru_cache(maxsize=1)
@@ -404,10 +406,10 @@ def main(args: Args) -> dict:
     phases["outer step"]["--chunk"] = min(args.chunk, args.num_images) * image
     need = check_memory(phases, device)
     try:
-        backend = kernels.describe(args.ridge_precision, device)
-    except ValueError as error:  # float64 where the device has none
-        raise UserError(f"--ridge-precision: {error}") from None
-    print(backend)
+        ridge = kernels.describe(args.ridge_precision, device, args.backend)
+    except ValueError as error:  # float64 or Triton where the device has none
+        raise UserError(f"--ridge-precision or --backend: {error}") from None
+    print(ridge)
     run = Run(__file__, args, data.name, data.content)
     args = run.args
     mean, std = data.mean.to(device), data.std.to(device)
@@ -556,12 +558,12 @@ def main(args: Args) -> dict:
         y_t = augmented(index, variant) if augmented else gather(y_train, index).to(device)  # (n_t, c)
         x_t = normalise(gather(x_train, index, variant, data.flip).to(device), mean, std)  # (n_t, C, H, W)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-            with torch.inference_mode():
+            with torch.no_grad():
                 f_t = features(x_t)
             f_s = features_chunked(features, x_s, args.chunk)
-        f_t, f_s = phi(f_t.float()), phi(f_s.float())  # (n_t, d + 1), (n_s, d + 1)
+        f_t, f_s = f_t.float(), f_s.float()  # (n_t, d), (n_s, d)
         lam = ridge_lam(f_s, args.ridge, args.ridge_scale, args.ridge_grad)
-        loss = krr_st_loss(f_t, y_t, f_s, y_s, lam, args.ridge_precision)
+        loss = krr_st_loss(f_t, y_t, f_s, y_s, lam, args.ridge_precision, args.backend)
         x_s.grad, y_s.grad = torch.autograd.grad(loss, [x_s, y_s])
         if args.grad_clip:
             for tensor in (x_s, y_s):
@@ -614,7 +616,7 @@ def main(args: Args) -> dict:
         eval=scores,
         distilled_minus_random_real=differences,
         protocol=vars(recipe),
-        backend=backend,
+        backend=ridge,
         images_skipped=data.skipped,
         target_cache=dict(hits=augmented.hits, misses=augmented.misses) if augmented else None,
         storage_bytes=load_distilled(run.file("distilled.safetensors")).meta["storage_bytes"],

@@ -35,7 +35,8 @@ from tqdm import tqdm
 import kernels
 
 # flags that may differ when a run is resumed: where it runs, how often it writes, what it keeps, how it is scored
-FREE_ON_RESUME = {"resume", "device", "data_dir", "out_dir", "log_every", "save_every", "save_minutes", "full_row"}
+PLACE, OUTPUT = {"device", "backend", "data_dir", "out_dir"}, {"log_every", "save_every", "save_minutes"}
+FREE_ON_RESUME = PLACE | OUTPUT | {"resume", "full_row"}
 FREE_ON_RESUME |= {"chunk", "cache_gb", "cache_device"}
 # what takes memory, in the order in which lowering it costs the least
 MEMORY_FLAGS = ("cache_gb", "chunk", "batch_real", "teacher_batch", "num_images", "ipc")

@@ -21,13 +21,14 @@ from watched import equal, same_end
 
 import common.evaluate
 import common.run
+import kernels
 import krr_st
 from common.artefact import load_distilled
 from common.augment import crop_flip
 from common.data import load
 from common.models import ResNet
 from common.pretrain import Teacher, freeze, load_own
-from krr_st import Args, Pool, batch_index, krr_st_loss, main, phi, ridge_lam
+from krr_st import Args, Pool, batch_index, krr_st_loss, main, ridge_lam
 
 REPO = Path(krr_st.__file__).parent
 TINY = dict(
@@ -63,9 +64,13 @@ def only_run(out_dir: Path) -> Path:
 # -------------------------------------------------------------------------------------------------------- mathematics
 
 
+def with_ones(features):
+    return torch.cat([features, torch.ones(len(features), 1, dtype=features.dtype)], 1)
+
+
 def naive_loss(net, x_s, y_s, f_t, y_t, ridge, scale, grad):
     """The outer objective word for word: Gram matrices with the ones column, LU solve, autograd."""
-    f_s = torch.cat([net(x_s), torch.ones(len(x_s), 1, dtype=x_s.dtype)], 1)
+    f_s = with_ones(net(x_s))
     k_ss, k_ts = f_s @ f_s.T, f_t @ f_s.T
     trace = k_ss.trace() if grad else k_ss.trace().detach()
     lam = ridge * trace / (len(x_s) if scale == "trace_mean" else 1)
@@ -75,7 +80,7 @@ def naive_loss(net, x_s, y_s, f_t, y_t, ridge, scale, grad):
 
 def naive_primal_loss(net, x_s, y_s, f_t, y_t, ridge, scale, grad):
     """The same by the d x d system."""
-    f_s = torch.cat([net(x_s), torch.ones(len(x_s), 1, dtype=x_s.dtype)], 1)
+    f_s = with_ones(net(x_s))
     trace = f_s.square().sum() if grad else f_s.square().sum().detach()
     lam = ridge * trace / (len(x_s) if scale == "trace_mean" else 1)
     head = torch.linalg.solve(f_s.T @ f_s + lam * torch.eye(f_s.shape[1], dtype=x_s.dtype), f_s.T @ y_s)
@@ -96,11 +101,11 @@ def test_loss_and_gradients_equal_the_naive_restatement(n_s, n_t, d, c, naive, s
     weight = draw(7, d)
     net = lambda x: torch.tanh(x @ weight)  # noqa: E731
     x_s, y_s = draw(n_s, 7).requires_grad_(), draw(n_s, c).requires_grad_()
-    f_t, y_t = phi(net(draw(n_t, 7))), draw(n_t, c)
+    f_t, y_t = net(draw(n_t, 7)), draw(n_t, c)
     ridge = 1e-3
-    f_s = phi(net(x_s))
+    f_s = net(x_s)
     ours = krr_st_loss(f_t, y_t, f_s, y_s, ridge_lam(f_s, ridge, scale, grad))
-    theirs = naive(net, x_s, y_s, f_t, y_t, ridge, scale, grad)
+    theirs = naive(net, x_s, y_s, with_ones(f_t), y_t, ridge, scale, grad)
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=0)
     for a, b in zip(torch.autograd.grad(ours, [x_s, y_s]), torch.autograd.grad(theirs, [x_s, y_s]), strict=True):
         assert (a - b).norm() <= 1e-9 * b.norm()
@@ -110,12 +115,8 @@ def test_ridge_lam_is_the_trace_of_the_gram_matrix_with_its_gradient():
     f_s = torch.randn(4, 6, generator=torch.Generator().manual_seed(0)).requires_grad_()
     (grad,) = torch.autograd.grad(ridge_lam(f_s, 1e-3, "trace_mean", True), f_s)
     torch.testing.assert_close(grad, 2e-3 * f_s / 4)
-    torch.testing.assert_close(ridge_lam(f_s, 2.0, "trace", False), 2.0 * (f_s @ f_s.T).trace().detach())
-
-
-def test_phi_appends_the_constant_feature():
-    f = torch.arange(6.0).view(2, 3)
-    assert torch.equal(phi(f), torch.tensor([[0.0, 1, 2, 1], [3, 4, 5, 1]]))
+    h = with_ones(f_s)
+    torch.testing.assert_close(ridge_lam(f_s, 2.0, "trace", False), 2.0 * (h @ h.T).trace().detach())
 
 
 def test_batches_are_shuffled_epochs_that_keep_the_short_one():
@@ -278,6 +279,27 @@ def test_every_flag_of_the_method_does_something(out_dir, teachers, change):
     before, after = (load_distilled(only_run(d) / "distilled.safetensors") for d in (teachers[0], out_dir))
     assert after.x.isfinite().all() and after.y.isfinite().all()
     assert not torch.equal(after.x, before.x) and not torch.equal(after.y, before.y)
+
+
+def test_the_triton_backend_runs_the_same_method(out_dir, tmp_path):
+    """On a GPU, or through the interpreter: the first steps agree with torch's to rounding."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if not (torch.cuda.is_available() or kernels.backend.INTERPRETED):
+        pytest.skip("no CUDA device and no Triton interpreter")
+    short = dict(steps=2, device=device, eval_runs=1, eval_epochs=1, eval_finetune_steps=0, eval_probe_steps=1)
+    shutil.copytree(out_dir, tmp_path / "torch")
+    results = [main(tiny(out_dir, backend="triton", **short)), main(tiny(tmp_path / "torch", backend="torch", **short))]
+    assert ["triton backend" in r["backend"] for r in results] == [True, False]
+    ours, theirs = (load_distilled(only_run(d) / "distilled.safetensors") for d in (out_dir, tmp_path / "torch"))
+    torch.testing.assert_close(ours.x, theirs.x, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(ours.y, theirs.y, rtol=1e-3, atol=1e-4)
+
+
+def test_a_backend_that_cannot_run_here_is_refused(out_dir, monkeypatch):
+    monkeypatch.setattr(kernels.backend, "INTERPRETED", False)
+    refuse(lambda: main(tiny(out_dir, backend="triton")), "--backend", "needs a CUDA device, not cpu")
+    monkeypatch.setattr(kernels.backend, "triton", None)
+    refuse(lambda: main(tiny(out_dir, backend="triton")), "--backend", "not installed")
 
 
 def test_raw_start_is_the_released_one(out_dir):
