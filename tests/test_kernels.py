@@ -96,6 +96,72 @@ def test_prediction_and_gradients_equal_the_naive_formula(way, batch):
     assert_same_with_gradients(ridge_fit, fit_ref, (f_s, y_s, lam))
 
 
+def with_ones(x):
+    return torch.cat([x, torch.ones(*x.shape[:-1], 1, dtype=x.dtype)], -1)
+
+
+# (m, n, d, c) whose route is the same with and without one more feature, and d = m, which the ones turn to dual
+WITH_ONES = {**SIZES, "dual_w at d = m": (8, 5, 8, 2), "primal at d = m - 1": (8, 5, 7, 2)}
+
+
+@pytest.mark.parametrize("batch", [(), (3,)])
+@pytest.mark.parametrize("case", WITH_ONES)
+def test_ones_are_a_last_feature_that_is_not_stored(case, batch):
+    m, n, d, c = WITH_ONES[case]
+    f_t, f_s, y_s = (torch.randn(*batch, *shape, dtype=F64).requires_grad_() for shape in ((n, d), (m, d), (m, c)))
+    lam = (0.1 + torch.rand(batch, dtype=F64)).requires_grad_()
+
+    def relative_lam(f_s, lam):  # so that its gradient reaches the features too
+        return lam * f_s.square().mean((-2, -1))
+
+    assert_same_with_gradients(
+        lambda f_t, f_s, y_s, lam: krr_predict(f_t, f_s, y_s, relative_lam(f_s, lam), ones=True),
+        lambda f_t, f_s, y_s, lam: krr_predict_ref(with_ones(f_t), with_ones(f_s), y_s, relative_lam(f_s, lam)),
+        (f_t, f_s, y_s, lam),
+    )
+    assert_same_with_gradients(
+        lambda f_s, y_s, lam: ridge_fit(f_s, y_s, lam, ones=True),
+        lambda f_s, y_s, lam: ridge_fit_ref(with_ones(f_s), y_s, lam),
+        (f_s, y_s, lam),
+    )
+    # alone, too: what is not asked for is not a reason to drop a term
+    weight = torch.randn(*batch, n, c, dtype=F64)
+    for i in range(4):
+        inputs = [x.detach().requires_grad_(i == j) for j, x in enumerate((f_t, f_s, y_s, lam))]
+        (found,) = torch.autograd.grad((krr_predict(*inputs, ones=True) * weight).sum(), inputs[i])
+        t, s, y, ridge = inputs
+        expected = (krr_predict_ref(with_ones(t), with_ones(s), y, ridge) * weight).sum()
+        assert relative(found, torch.autograd.grad(expected, inputs[i])[0]) < 1e-9
+
+
+@pytest.mark.parametrize("ones", [False, True])
+@cases
+def test_a_factor_computed_ahead_changes_nothing(way, batch, ones):
+    f_t, f_s, y_s = draw(way, batch)
+    lam = torch.full(batch, 0.3, dtype=F64, requires_grad=True)
+    factor = factor_ahead(f_s, lam, y_s.shape[-1], ones=ones)
+    assert not factor.requires_grad
+    for function, inputs in ((krr_predict, (f_t, f_s, y_s, lam)), (ridge_fit, (f_s, y_s, lam))):
+        plain, ahead = function(*inputs, ones=ones), function(*inputs, ones=ones, factor=factor)
+        assert torch.equal(plain, ahead)
+        pairs = zip(torch.autograd.grad(plain.sum(), inputs), torch.autograd.grad(ahead.sum(), inputs), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_a_factor_computed_ahead_is_the_one_that_is_used():
+    f_t, f_s, y_s = draw("dual_w", grad=False)
+    factor = factor_ahead(f_s, 0.3, y_s.shape[-1])
+    assert not torch.allclose(krr_predict(f_t, f_s, y_s, 0.3, factor=2 * factor), krr_predict(f_t, f_s, y_s, 0.3))
+
+
+def test_the_failure_of_a_factor_computed_ahead_is_reported():
+    f_t, f_s, y_s = draw("dual_w", grad=False)
+    factor = factor_ahead(0 * f_s, 0.0, y_s.shape[-1])
+    assert krr_predict(f_t, f_s, y_s, 0.0, factor=factor).isnan().all()
+    with pytest.raises(FailedFactorization, match=r"step 3: in factor_ahead .*m = 7, n = none, d = 11, lam = 0\)"):
+        raise_if_failed(3)
+
+
 def test_the_references_agree():
     f_t, f_s, y_s = draw("primal")
     assert relative(primal_fit_ref(f_s, y_s, 0.5), ridge_fit_ref(f_s, y_s, 0.5)) < 1e-12
@@ -530,6 +596,21 @@ def test_gram_values_and_gradients(batch, n, m, d):
     )
 
 
+@pytest.mark.parametrize("batch", [(), (3,)])
+def test_gram_pair_is_two_gram_matrices(batch):
+    f_s, f_t = (torch.randn(*batch, rows, 17, dtype=F64, requires_grad=True) for rows in (5, 33))
+    k_ss, k_ts = kernels.gram_pair(f_s, f_t)
+    assert torch.equal(k_ss, k_ss.mT)
+    weights = torch.randn_like(k_ss), torch.randn_like(k_ts)
+    expected = gram_ref(f_s), gram_ref(f_t, f_s)
+    for found, wanted in zip((k_ss, k_ts), expected, strict=True):
+        assert relative(found, wanted) < 1e-14
+    total = [sum((w * k).sum() for w, k in zip(weights, pair, strict=True)) for pair in ((k_ss, k_ts), expected)]
+    for inputs in ((f_s, f_t), (f_s,), (f_t,)):
+        found, wanted = (torch.autograd.grad(t, inputs, retain_graph=True) for t in total)
+        assert all(relative(a, b) < 1e-13 for a, b in zip(found, wanted, strict=True))
+
+
 def test_gram_of_nothing():
     assert gram(torch.zeros(0, 3)).shape == (0, 0)
     assert gram(torch.zeros(2, 0, 3), torch.zeros(2, 4, 3)).shape == (2, 0, 4)
@@ -644,6 +725,15 @@ Y = torch.randn(4, 2)
         ("lam", lambda: ridge_fit(X, Y, torch.tensor(0.1, device="meta"))),
         ("precision", lambda: krr_predict(X, X, Y, 0.1, precision="double")),
         ("precision", lambda: ridge_fit(X, Y, 0.1, precision="fp16")),
+        ("backend", lambda: krr_predict(X, X, Y, 0.1, backend="cuda")),
+        ("backend", lambda: ridge_fit(X, Y, 0.1, backend="")),
+        ("backend", lambda: gram(X, backend="cublas")),
+        ("backend", lambda: spd_factor(torch.eye(3), 0.1, backend="lapack")),
+        ("factor", lambda: krr_predict(X, X, Y, 0.1, factor=torch.eye(4, dtype=F64))),
+        ("factor", lambda: krr_predict(X, X, Y, 0.1, factor=torch.eye(3))),
+        ("factor", lambda: ridge_fit(X, Y, 0.1, factor=torch.eye(3, dtype=F64, device="meta"))),
+        ("f_t", lambda: kernels.gram_pair(X, torch.randn(3, 4))),
+        ("f_s", lambda: factor_ahead(torch.randn(0, 3), 0.1, 2)),
         ("k", lambda: spd_factor(X, 0.1)),
         ("k", lambda: spd_factor(torch.eye(3).bfloat16(), 0.1)),
         ("lam", lambda: spd_factor(torch.eye(3), torch.ones(3))),
