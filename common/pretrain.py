@@ -40,6 +40,7 @@ from common.run import (
     stop_if_asked,
     write_atomic,
 )
+from kernels.barlow import barlow_loss, barlow_terms
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # what torchvision's and most published networks expect
 FORMAT = "teacher 1"
@@ -185,20 +186,6 @@ class AugmentedTargets:
 
 
 # --------------------------------------------------------------------------------------------------------- Barlow Twins
-
-
-def barlow_loss(z_1: Tensor, z_2: Tensor, off_diagonal: float) -> Tensor:
-    """Sum of (1 - C_ii)^2 plus off_diagonal times the sum of C_ij^2, C the batch cross-correlation. z: (B, D)."""
-    on, off = barlow_terms(z_1, z_2)
-    return on + off_diagonal * off
-
-
-def barlow_terms(z_1: Tensor, z_2: Tensor) -> tuple[Tensor, Tensor]:
-    """The two sums of barlow_loss."""
-    z_1, z_2 = (F.batch_norm(z, None, None, training=True) for z in (z_1, z_2))
-    correlation = z_1.T @ z_2 / len(z_1)  # (D, D)
-    on = correlation.diagonal()
-    return (on - 1).square().sum(), correlation.square().sum() - on.square().sum()
 
 
 def projector(d_in: int, hidden: int) -> nn.Sequential:

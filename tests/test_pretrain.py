@@ -21,6 +21,7 @@ from torch import nn
 
 import common.pretrain
 import common.run
+import kernels.barlow
 from common.artefact import save_distilled
 from common.augment import draw_variants, num_variants
 from common.data import load, normalise
@@ -87,30 +88,22 @@ def forbid(*_, **__):
 # --------------------------------------------------------------------------------------------------------- Barlow Twins
 
 
-def naive_barlow(z_1, z_2, off_diagonal):
-    (n, d), loss = z_1.shape, 0.0
-    for z in (z_1, z_2):
-        for j in range(d):
-            mean = sum(z[b, j] for b in range(n)) / n
-            var = sum((z[b, j] - mean) ** 2 for b in range(n)) / n
-            z[:, j] = (z[:, j] - mean) / math.sqrt(var + 1e-5)
-    for i in range(d):
-        for j in range(d):
-            c = sum(z_1[b, i] * z_2[b, j] for b in range(n)) / n
-            loss += (1 - c) ** 2 if i == j else off_diagonal * c**2
-    return loss
+def test_the_loss_is_that_of_the_float32_projections(few, monkeypatch, tmp_path):
+    """Also where the networks run in bf16; the loss itself: tests/test_barlow.py."""
+    assert common.pretrain.barlow_loss is kernels.barlow.barlow_loss
+    calls = []
 
+    def record(*args):
+        calls.append(args)
+        raise KeyboardInterrupt
 
-def test_barlow_loss_is_the_loop():
-    z_1, z_2 = torch.randn(2, 7, 5, dtype=F64, generator=gen())
-    z_2 += z_1 + 3
-    expected = naive_barlow(z_1.clone(), z_2.clone(), 0.3)
-    assert barlow_loss(z_1, z_2, 0.3).item() == pytest.approx(float(expected), rel=1e-12)
-
-
-def test_barlow_loss_has_the_right_gradient():
-    z_1, z_2 = (z.requires_grad_() for z in torch.randn(2, 6, 4, dtype=F64, generator=gen()))
-    assert torch.autograd.gradcheck(lambda a, b: barlow_loss(a, b, 0.3), (z_1, z_2))
+    monkeypatch.setattr(common.pretrain, "barlow_loss", record)
+    with pytest.raises(KeyboardInterrupt):
+        train_teacher(few, tmp_path, CPU, **TINY | dict(precision="bf16", off_diagonal=0.3))
+    ((z_1, z_2, off_diagonal),) = calls
+    assert z_1.dtype == z_2.dtype == torch.float32 and z_1.shape == z_2.shape == (128, 16)
+    assert torch.equal(z_1, z_1.bfloat16().float())  # the networks did run in bf16
+    assert z_1.requires_grad and z_2.requires_grad and not torch.equal(z_1, z_2) and off_diagonal == 0.3
 
 
 def test_projector_has_two_hidden_layers_with_batch_norm():
