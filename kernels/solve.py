@@ -60,6 +60,24 @@ def spd_solve_ref(k: Tensor, lam: Tensor, b: Tensor) -> Tensor:
 
 
 @jit
+def _quotient(a, b):
+    """a / b rounded once; Triton's own float32 division is approximate."""
+    if b.dtype == tl.float64:
+        return a / b
+    else:
+        return tl.div_rn(a, b)
+
+
+@jit
+def _inverse_root(x):
+    """1 / sqrt(x), each step rounded once."""
+    if x.dtype == tl.float64:
+        return 1.0 / tl.sqrt(x)
+    else:
+        return tl.div_rn(tl.full(x.shape, 1.0, x.dtype), tl.sqrt_rn(x))
+
+
+@jit
 def _eliminate(d, BLOCK: tl.constexpr):
     """Of a symmetric block d in registers: l with l lᵀ = d, l⁻¹, and the first bad pivot (BLOCK if there is none).
 
@@ -72,15 +90,16 @@ def _eliminate(d, BLOCK: tl.constexpr):
     w = tl.reshape(tl.permute(tl.join(d, eye), (0, 2, 1)), (BLOCK, 2 * BLOCK))
     for j in range(BLOCK):
         row = tl.sum(tl.where(r[:, None] == j, w, 0.0), 0)
-        col = tl.sum(tl.where(c[None, :] == j, w, 0.0), 1)
+        # the column is the row again: w's own column was rounded differently, and l lᵀ would miss d by sqrt(u)
+        col = tl.sum(tl.where(c[None, :] == r[:, None], row[None, :], 0.0), 1)
         pivot = tl.sum(tl.where(c == j, row, 0.0), 0)
         pivot = tl.where(pivot == 0, 1.0, pivot)  # it is reported as bad below
-        w -= tl.where(r > j, col / pivot, 0.0)[:, None] * row[None, :]
+        w -= tl.where(r > j, _quotient(col, pivot), 0.0)[:, None] * row[None, :]
     left, right = tl.split(tl.permute(tl.reshape(w, (BLOCK, 2, BLOCK)), (0, 2, 1)))
     pivots = tl.sum(tl.where(r[:, None] == r[None, :], left, 0.0), 1)
     good = (pivots > 0) & (pivots < float("inf"))
     first_bad = tl.min(tl.where(good, BLOCK, r), 0)
-    scale = (1.0 / tl.sqrt(tl.where(good, pivots, 1.0)))[:, None]
+    scale = _inverse_root(tl.where(good, pivots, 1.0))[:, None]
     lower = tl.trans(tl.where(r[:, None] <= r[None, :], left * scale, 0.0))
     return lower, right * scale, first_bad
 
@@ -161,7 +180,8 @@ def _pack_kernel(factor, m, blocks, BLOCK: tl.constexpr, DTYPE: tl.constexpr):
     below = r[:, None] >= r[None, :]
     lower = tl.load(at, mask=inside & below, other=0.0)
     lower = tl.where(inside, lower, tl.where(diagonal, 1.0, 0.0).to(DTYPE))
-    scale = 1.0 / tl.sum(tl.where(diagonal, lower, 0.0), 1)  # of the rows of the inverse
+    pivots = tl.sum(tl.where(diagonal, lower, 0.0), 1)
+    scale = _quotient(tl.full((BLOCK,), 1.0, DTYPE), pivots)  # of the rows of the inverse
     inverse = tl.where(diagonal, 1.0, 0.0).to(DTYPE)
     for j in range(BLOCK):
         row = tl.sum(tl.where(r[:, None] == j, inverse, 0.0), 0)
@@ -180,7 +200,8 @@ def _load_block(at, at_mirrored, inside, BLOCK: tl.constexpr, DTYPE: tl.constexp
     packed = tl.where(diagonal & (inside == 0), 1.0, packed)
     mirrored = tl.load(at_mirrored, mask=inside, other=0.0)
     lower = tl.where(r[:, None] >= r[None, :], packed, 0.0)
-    reciprocal = 1.0 / tl.where(diagonal, packed, 1.0)
+    pivots = tl.where(diagonal, packed, 1.0).to(DTYPE)
+    reciprocal = _quotient(tl.full((BLOCK, BLOCK), 1.0, DTYPE), pivots)
     inverse = tl.where(diagonal, reciprocal, tl.where(r[:, None] > r[None, :], mirrored, 0.0))
     return lower.to(DTYPE), inverse.to(DTYPE)
 
