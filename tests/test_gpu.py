@@ -167,7 +167,7 @@ def test_real_sizes_against_float64(way):
 )
 @pytest.mark.parametrize(("m", "n", "d"), [(100, 1024, 2048), (1000, 1024, 8192), (968, 999, 8193), (130, 70, 999)])
 def test_gram_at_real_sizes(mode, dtype, unit, m, n, d):
-    """Error at most twice that of the library's own product, plus two roundings of the sum of sizes; twice the same bits.
+    """Error at most twice that of the library's own product, plus two roundings of the size; twice the same bits.
 
     In float64 there is no better product to compare with: 4 sqrt(d) roundings.
     """

@@ -846,7 +846,9 @@ def test_a_torchvision_file_loads(colour, tmp_path, arch, wrapped):
     assert torch.equal(teacher.mean, mean) and torch.equal(teacher.std, std)
     with torch.no_grad():
         expected = source(normalise(colour.x_test, mean, std))
-    torch.testing.assert_close(teacher.targets(colour.x_test, CPU), expected, rtol=1e-5, atol=1e-5)
+    # an untrained ResNet's features differ in size by orders of magnitude, their rounding does not: by the whole row
+    error = (teacher.targets(colour.x_test, CPU) - expected).norm(dim=1) / expected.norm(dim=1)
+    assert error.max() < 5e-6  # one to two roundings for each of fifty layers
     assert (teacher.info["arch"], teacher.info["stem"]) == (arch, "imagenet")
 
 
