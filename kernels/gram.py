@@ -55,9 +55,11 @@ CONFIGS = {
     "fp64": Config(64, 16, 4, 3),
     "tf32x3": Config(64, 32, 8, 3),
     "native": Config(128, 64, 8, 3),
-    "ieee": Config(64, 32, 8, 3),
+    "ieee": Config(64, 16, 8, 3),
 }
 NATIVE_UNALIGNED = Config(64, 32, 4, 3)  # two-byte loads take more registers
+# Of a thread: named where the compiler, left alone, aims at more programs for a processor and spills a few bytes.
+MAX_REGISTERS = {"fp64": 255, "ieee": 255}
 FINALIZE_ROWS, FINALIZE_WARPS = 16, 4
 HALF = (torch.bfloat16, torch.float16)
 
@@ -258,7 +260,7 @@ def launch(
         _gram_kernel[(programs, split)](
             x, y, a, b, partial, 1.0, plus, m, n, d, x.stride(1), y.stride(1), x.stride(0), y.stride(0), tiles,
             SYMMETRIC=symmetric, SPLIT=split, EVEN=d % depth == 0, TILE=tile, DEPTH=depth, MODE=mode, SUM=total,
-            INTERPRETED=INTERPRETED, num_warps=num_warps, num_stages=num_stages,
+            INTERPRETED=INTERPRETED, num_warps=num_warps, num_stages=num_stages, maxnreg=MAX_REGISTERS.get(mode),
         )  # fmt: skip
         if split > 1:
             _finalize_kernel[(programs, tile // FINALIZE_ROWS)](
