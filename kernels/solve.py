@@ -88,18 +88,20 @@ def _eliminate(d, BLOCK: tl.constexpr):
     c = tl.arange(0, 2 * BLOCK)
     eye = tl.where(r[:, None] == r[None, :], 1.0, 0.0).to(d.dtype)
     w = tl.reshape(tl.permute(tl.join(d, eye), (0, 2, 1)), (BLOCK, 2 * BLOCK))
+    first_bad = BLOCK
     for j in range(BLOCK):
         row = tl.sum(tl.where(r[:, None] == j, w, 0.0), 0)
         # the column is the row again: w's own column was rounded differently, and l lᵀ would miss d by sqrt(u)
         col = tl.sum(tl.where(c[None, :] == r[:, None], row[None, :], 0.0), 1)
         pivot = tl.sum(tl.where(c == j, row, 0.0), 0)
-        pivot = tl.where(pivot == 0, 1.0, pivot)  # it is reported as bad below
+        # judged now: a NaN further down reaches the rows above it too, as 0 * NaN
+        good = (pivot > 0) & (pivot < float("inf"))
+        first_bad = tl.where((first_bad == BLOCK) & (good == 0), j, first_bad)
+        pivot = tl.where(good, pivot, 1.0)
         w -= tl.where(r > j, _quotient(col, pivot), 0.0)[:, None] * row[None, :]
     left, right = tl.split(tl.permute(tl.reshape(w, (BLOCK, 2, BLOCK)), (0, 2, 1)))
     pivots = tl.sum(tl.where(r[:, None] == r[None, :], left, 0.0), 1)
-    good = (pivots > 0) & (pivots < float("inf"))
-    first_bad = tl.min(tl.where(good, BLOCK, r), 0)
-    scale = _inverse_root(tl.where(good, pivots, 1.0))[:, None]
+    scale = _inverse_root(tl.where(pivots > 0, pivots, 1.0))[:, None]  # a bad matrix becomes NaN anyway
     lower = tl.trans(tl.where(r[:, None] <= r[None, :], left * scale, 0.0))
     return lower, right * scale, first_bad
 
@@ -357,7 +359,8 @@ def factor_(k: Tensor, lam: Tensor, backend: str = "torch", c: int = 0) -> tuple
     pivot = lower.detach().diagonal(dim1=-2, dim2=-1)
     bad_pivot = ~((pivot > 0) & (pivot < math.inf))
     first_bad = (1 + bad_pivot.to(torch.uint8).argmax(-1)).to(info.dtype)
-    info = torch.where((info == 0) & bad_pivot.any(-1), first_bad, info)
+    earlier = bad_pivot.any(-1) & ((info == 0) | (first_bad < info))
+    info = torch.where(earlier, first_bad, info)
     lower = lower.masked_fill((info != 0)[..., None, None], math.nan)
     if _uses_solve_kernel(lower, c, backend):
         lower = launch_pack(lower.contiguous())
@@ -380,9 +383,8 @@ def solve_(factor: Tensor, b: Tensor, backend: str = "torch") -> Tensor:
 @torch.library.custom_op("kernels::spd_factor", mutates_args=())
 def _spd_factor(k: Tensor, lam: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     factor, info = factor_(k.clone(), lam, backend)
-    if uses_factor_kernel(k, backend):  # without the inverses
-        factor = factor.tril().masked_fill_((info != 0)[..., None, None], math.nan)
-    return factor.contiguous(), info
+    # a packed factor without its inverses: the library's is packed too where solves are by the kernel
+    return factor.tril().masked_fill_((info != 0)[..., None, None], math.nan), info
 
 
 @_spd_factor.register_fake

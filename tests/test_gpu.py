@@ -110,7 +110,10 @@ def test_a_cuda_graph_replays_the_step(way, backend, ahead):
 def test_the_side_stream_changes_no_bit(way, backend):
     """Under load on the main stream, with memory that is freed and used again at once."""
     f_t, f_s, y_s = draw(way)
-    expected = step(f_t, f_s, y_s, backend)
+    lam = 1e-4 * (f_s.detach().square().sum() + len(f_s)) / len(f_s)
+    factor = factor_ahead(f_s, lam, y_s.shape[1], ones=True, backend=backend)
+    torch.cuda.synchronize()
+    expected = step(f_t, f_s, y_s, backend, factor=factor)
     busy = torch.randn(4096, 4096, device="cuda")
     for _ in range(20):
         lam = 1e-4 * (f_s.detach().square().sum() + len(f_s)) / len(f_s)

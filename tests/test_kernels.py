@@ -530,6 +530,9 @@ def test_info_names_the_first_bad_pivot():
     assert torch.equal(factor[0], torch.eye(5, dtype=F64))
     assert factor[1:].isnan().all()
     assert spd_factor(torch.zeros(3, 3), 0.0)[1].item() == 1
+    both = torch.eye(5)
+    both[0, 0], both[3, 3] = math.inf, -1  # LAPACK lets the first pass, and names the second
+    assert spd_factor(both, 0.0)[1].item() == 1
     raise_if_failed(1)  # spd_factor hands info to its caller and records nothing
 
 
