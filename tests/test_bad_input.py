@@ -334,7 +334,7 @@ def test_out_of_memory_says_what_to_lower(script):
 def test_a_loss_that_is_not_finite_names_its_terms_and_keeps_the_last_checkpoint(script):
     """Targets that explode after a few checkpoints."""
     line = one_line(start(REPO / f"{script.name}.py", script.words(lr_label=1e6, save_every=1, steps=40)))
-    assert re.search(r"step \d+: ", line) and "lam = inf" in line and "n_s 5, d 17" in line and "loss " in line
+    assert re.search(r"step \d+: ", line) and "lam = inf" in line and "n_s 5, d 16" in line and "loss " in line
     folder = next(p for p in script.runs() if not (p / "result.json").exists())
     assert f"the last good checkpoint stays in {folder}" in line
     state = load_checkpoint(folder / "checkpoint.pt")
@@ -345,7 +345,7 @@ def test_pairs_that_are_not_finite_are_not_evaluated(script):
     """At a step that neither logs nor saves but for the curve; the loss is named, not the evaluation's own rate."""
     words = script.words(lr_label=1e6, save_every=100, log_every=100, steps=40, eval_every=10)
     line = one_line(start(REPO / f"{script.name}.py", words))
-    assert "step 2 to 10: " in line and "n_s 5, d 17" in line and "pretraining" not in line
+    assert "step 2 to 10: " in line and "n_s 5, d 16" in line and "pretraining" not in line
     folder = next(p for p in script.runs() if not (p / "result.json").exists())
     assert load_checkpoint(folder / "checkpoint.pt")["step"] == 0
 
@@ -354,5 +354,5 @@ def test_a_state_that_is_not_finite_is_not_saved(script):
     """The loss is still finite where the networks no longer are."""
     words = script.words(lr_img=1e12, lr_label=1e30, save_every=1, steps=40)
     line = one_line(start(REPO / f"{script.name}.py", words))
-    assert "step 1: pool is not finite (loss " in line and "lam " in line and "n_s 5, d 17" in line
+    assert "step 1: pool is not finite (loss " in line and "lam " in line and "n_s 5, d 16" in line
     assert "the last good checkpoint stays" in line and "lower the learning rates" in line
