@@ -18,24 +18,14 @@ rows tie on the kernel, always; a BLAS may sum two equal columns in different or
 """
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .backend import INTERPRETED, check_backend, check_matrix, exact_products, jit, tl, triton, use_triton
-from .gram import _add_product, _processors, _rows_contiguous, mode_of
+from .gram import Config, _add_product, _processors, _rows_contiguous, mode_of
 
 BLOCK_ENTRIES = 2**24  # similarities that the torch backend holds at a time
-
-
-class Config(NamedTuple):
-    """Of one compiled kernel: a program computes tile × tile similarities at a time, depth columns of x at a time."""
-
-    tile: int
-    depth: int
-    num_warps: int
-    num_stages: int
 
 
 # Chosen for registers without spills on sm_80 and sm_90, aligned and not, and not yet by timing.

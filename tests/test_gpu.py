@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels import barlow_loss, factor_ahead, gram_pair, krr_predict, nearest, raise_if_failed, ridge_fit
+from kernels import barlow_loss, factor_ahead, gram_pair, krr_predict, nearest, ridge_fit
 from kernels.gram import launch
 from kernels.krr import krr_predict_ref, route
 from kernels.solve import factor_, launch_factor, launch_pack, launch_solve
@@ -19,20 +19,13 @@ from kernels.solve import factor_, launch_factor, launch_pack, launch_solve
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.usefixtures("clean_record"),
 ]
 F64 = torch.float64
 # route: (m, n, d, c), at the size of real steps
 SIZES = {"dual_w": (100, 1024, 2048, 10), "dual_k": (100, 1024, 8192, 512), "primal": (1000, 512, 256, 100)}
 both = pytest.mark.parametrize("backend", ["torch", "triton"])
 ways = pytest.mark.parametrize("way", SIZES)
-
-
-@pytest.fixture(autouse=True)
-def clean_record():
-    torch.manual_seed(0)
-    raise_if_failed(0)
-    yield
-    raise_if_failed(0)
 
 
 def draw(way, dtype=torch.float32):

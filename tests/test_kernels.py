@@ -22,6 +22,7 @@ from kernels.gram import _gram, _gram_pair, gram_ref
 from kernels.krr import _factor_ahead, _krr_predict, _ridge_fit, krr_predict_ref, ridge_fit_ref, route
 from kernels.solve import _spd_factor, _spd_solve, spd_solve_ref
 
+pytestmark = pytest.mark.usefixtures("clean_record")
 F64 = torch.float64
 
 # route: (m, n, d, c)
@@ -37,15 +38,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True)
-def clean_record():
-    """Every test starts without a noted failure, and leaves none unread."""
-    torch.manual_seed(0)
-    raise_if_failed(0)
-    yield
-    raise_if_failed(0)
 
 
 def draw(way, batch=(), dtype=F64, grad=True):
