@@ -89,7 +89,7 @@ class Args:
     save_minutes: float = 10.0
     """minutes between checkpoints, beside --save-every; 0: only by steps"""
     cache_gb: float = 4.0
-    """memory for what is computed once and used again: augmented targets, the linear probe's features"""
+    """memory for what is computed once and used again: augmented targets, whitened images, a linear probe's features"""
     chunk: int | None = None
     """distilled images per pass of the outer gradient (exact, one more forward pass); None: all that fit the memory"""
 

@@ -1,7 +1,9 @@
 """The distilled set as one safetensors file that describes itself, and what it is for: pretraining any network.
 
 Tensors: x (N, C, H, W) in pixel units (1.0 = white; not clamped: a learned image may leave [0, 1]), y (targets or
-labels), mean and std (C,). (x - mean) / std is what the networks saw. Metadata: strings only, see `save_distilled`.
+labels), mean and std (C,), and where the networks saw whitened images zca (D, D) and zca_mean (C, H, W). They saw
+(x - mean) / std, or ((x - mean) / std - zca_mean) @ zca, phase by phase: see common.data.to_phases. Metadata: strings
+only, see `save_distilled`.
 """
 
 import json
@@ -16,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from common.data import Zca, mix_pixels
 from common.run import UserError, commit, first_line, rng, seeded, write_atomic
 
 FORMAT = "distilled 1"
@@ -38,6 +41,8 @@ class Distilled:
     seed: int
     recipe: dict  # how it was meant to be evaluated
     meta: dict = field(default_factory=dict)  # everything else in the file: teacher, commit, content hash, storage
+    zca: Tensor | None = None  # (D, D) the whitening, None without
+    zca_mean: Tensor | None = None  # (C, H, W), of the normalised training images
 
     @property
     def channels(self) -> int:
@@ -48,8 +53,9 @@ class Distilled:
         return self.x.shape[-1]
 
     def inputs(self) -> Tensor:
-        """(N, C, H, W) float32 as the networks take them: (x - mean) / std."""
-        return (self.x - self.mean[:, None, None]) / self.std[:, None, None]
+        """(N, C, H, W) float32 as the networks take them: (x - mean) / std, then whitened if the set was."""
+        x = (self.x - self.mean[:, None, None]) / self.std[:, None, None]
+        return x if self.zca is None else mix_pixels(x - self.zca_mean, self.zca)
 
     def dataset(self) -> TensorDataset:
         """A torch Dataset of (network input, y)."""
@@ -73,11 +79,21 @@ def save_distilled(
     seed: int,
     recipe: dict,
     teacher: dict | None = None,
+    zca: Zca | None = None,
+    extra: dict | None = None,
 ) -> None:
-    """Write the set to `path` (temporary name, then rename). x in pixel units. Raises UserError if it cannot."""
+    """Write the set to `path` (temporary name, then rename). Raises UserError if it cannot.
+
+    x: in pixel units; zca: what whitened the networks' images, so that of whitened x_s these are
+    denormalise(zca.undo(x_s), mean, std). extra: more metadata, what JSON can hold; `load_distilled` returns it in
+    `meta`. storage_bytes counts x, y, mean and std, zca_bytes the whitening.
+    """
     tensors = {"x": x, "y": y, "mean": mean, "std": std}
+    if zca is not None:
+        tensors |= {"zca": zca.matrix, "zca_mean": zca.mean}
     tensors = {key: value.detach().float().cpu().contiguous().clone() for key, value in tensors.items()}
-    storage = sum(value.nbytes for value in tensors.values())
+    size = {key: value.nbytes for key, value in tensors.items()}
+    zca_bytes = sum(size.pop(key, 0) for key in ("zca", "zca_mean"))
     meta = dict(
         format=FORMAT,
         method=method,
@@ -92,10 +108,15 @@ def save_distilled(
         seed=seed,
         recipe=recipe,
         teacher=teacher,
-        storage_bytes=storage,
+        storage_bytes=sum(size.values()),
+        zca_bytes=zca_bytes,
         commit=commit() or "unknown",
     )
     text = {key: value if isinstance(value, str) else json.dumps(value) for key, value in meta.items()}
+    extra = extra or {}
+    if taken := extra.keys() & (meta.keys() | Distilled.__dataclass_fields__.keys()):
+        raise ValueError(f"extra metadata {sorted(taken)}: these names are taken")
+    text |= {key: json.dumps(value) for key, value in extra.items()}  # strings too, as they are read as JSON
     write_atomic(path, lambda tmp: save_file(tensors, tmp, metadata=text))
 
 

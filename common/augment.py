@@ -1,12 +1,17 @@
-"""Image augmentation for whole batches on the device: crops and flips, and the two views of self-supervised training.
+"""Image augmentation for whole batches on the device: crops and flips, the two views of self-supervised training, and
+differentiable siamese augmentation (DSA).
 
 Every random number comes from the CPU generator that is passed in, so a run is the same on every device. Shifts become
-one gather and boxes one sampling grid: no loop over images, no synchronisation.
+one gather, boxes and warps one sampling grid: no loop over images, no synchronisation.
 """
+
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from common.run import UserError
 
 
 def upload(x: Tensor, device: torch.device) -> Tensor:
@@ -181,3 +186,178 @@ def two_views(
     """Two views of pixels (N, C, H, W): solarised with chance 0 and 0.2, as solo-learn's Barlow Twins on CIFAR."""
     view_1 = ssl_view(x, generator, scale, flip, 0.0)
     return view_1, ssl_view(x, generator, scale, flip, 0.2 if solarise else 0.0)
+
+
+# ---------------------------------------------------------------------------------- differentiable siamese augmentation
+# Every operation takes (x, generator, shared) and returns x changed, differentiable with respect to x.
+
+
+def draw(x: Tensor, low: float, high: float, generator: torch.Generator, shared: bool) -> Tensor:
+    """A number for each image of x, or one for all of them: (N or 1, 1, 1, 1), in x's dtype, at least float32."""
+    numbers = uniform(1 if shared else len(x), low, high, generator, x.device)
+    return numbers.to(torch.promote_types(x.dtype, torch.float32))[:, None, None, None]
+
+
+def from_centre(x: Tensor) -> tuple[Tensor, Tensor]:
+    """How far the pixels' rows (H, 1) and columns (1, W) lie below and right of the image's centre, in pixels."""
+    dtype, (height, width) = torch.promote_types(x.dtype, torch.float32), x.shape[2:]
+    rows, columns = (torch.arange(size, dtype=dtype, device=x.device) - (size - 1) / 2 for size in (height, width))
+    return rows[:, None], columns[None]
+
+
+def sample(x: Tensor, down: Tensor, right: Tensor, replicate: bool) -> Tensor:
+    """x read at other places (bilinear), `down` and `right` of its centre in pixels, each (N or 1, 1, H or 1, W or 1).
+
+    Beyond the image its edge goes on (`replicate`) or all is 0.
+    """
+    height, width = x.shape[2:]
+    if replicate:  # keeps to the centres of the border pixels: border padding, which MPS lacks
+        down = down.clamp((1 - height) / 2, (height - 1) / 2)
+        right = right.clamp((1 - width) / 2, (width - 1) / 2)
+    grid = torch.stack(torch.broadcast_tensors(right * (2 / width), down * (2 / height)), -1)[:, 0]
+    grid = grid.expand(len(x), height, width, 2)
+    return F.grid_sample(x.to(grid.dtype), grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+
+
+def scale_contrast(x: Tensor, factor: Tensor) -> Tensor:
+    """About the image's mean over channels and pixels."""
+    mean = x.mean((1, 2, 3), keepdim=True)
+    return (x - mean) * factor + mean
+
+
+def scale_saturation(x: Tensor, factor: Tensor) -> Tensor:
+    """About each pixel's mean over channels: nothing changes where there is one channel."""
+    mean = x.mean(1, keepdim=True)
+    return (x - mean) * factor + mean
+
+
+def dsa_flip(x: Tensor, generator: torch.Generator, shared: bool) -> Tensor:
+    return torch.where(draw(x, 0, 1, generator, shared) < 0.5, x.flip(3), x)
+
+
+def rotate(x: Tensor, generator: torch.Generator, shared: bool, replicate: bool) -> Tensor:
+    """By up to 15 degrees either way, about the centre."""
+    angle = draw(x, -math.pi / 12, math.pi / 12, generator, shared)
+    (rows, columns), sin, cos = from_centre(x), angle.sin(), angle.cos()
+    return sample(x, columns * sin + rows * cos, columns * cos - rows * sin, replicate)
+
+
+def erase(x: Tensor, side: int, top: Tensor, left: Tensor) -> Tensor:
+    """0 in the square of `side` pixels whose first row and column are given: (N or 1, 1, 1, 1) each."""
+    rows, columns = torch.arange(x.shape[2], device=x.device)[:, None], torch.arange(x.shape[3], device=x.device)
+    square = (rows >= top) & (rows < top + side) & (columns >= left) & (columns < left + side)
+    return x.masked_fill(square, 0)
+
+
+def frepo_color(x: Tensor, generator: torch.Generator, shared: bool) -> Tensor:
+    """Brightness, contrast, saturation; both factors log-uniform."""
+    x = x + draw(x, -0.25, 0.25, generator, shared)
+    x = scale_contrast(x, draw(x, -0.25, 0.25, generator, shared).exp())
+    return scale_saturation(x, draw(x, -0.25, 0.25, generator, shared).exp())
+
+
+def frepo_crop(x: Tensor, generator: torch.Generator, shared: bool) -> Tensor:
+    """Zoom by 0.8 .. 1.25, log-uniform: above 1 a box of the image fills the output, below 1 all of it lies inside."""
+    height, width = x.shape[2:]
+    zoom = draw(x, math.log(0.8), math.log(1.25), generator, shared).exp()
+    down, right = (draw(x, -0.5, 0.5, generator, shared) * (size * zoom - size).abs() for size in (height, width))
+    rows, columns = from_centre(x)
+    return sample(x, (rows + down) / zoom, (columns + right) / zoom, replicate=True)
+
+
+def frepo_rotate(x: Tensor, generator: torch.Generator, shared: bool) -> Tensor:
+    return rotate(x, generator, shared, replicate=True)
+
+
+def frepo_translate(x: Tensor, generator: torch.Generator, shared: bool) -> Tensor:
+    """By up to an eighth of the image along each axis, not in whole pixels."""
+    down, right = (draw(x, -size / 8, size / 8, generator, shared) for size in x.shape[2:])
+    rows, columns = from_centre(x)
+    return sample(x, rows + down, columns + right, replicate=True)
+
+
+def frepo_cutout(x: Tensor, generator: torch.Generator, shared: bool) -> Tensor:
+    """0 in a square a quarter as high as the image, fully inside it."""
+    side = x.shape[2] // 4
+    top, left = (draw(x, 0, size - side + 1, generator, shared).floor() for size in x.shape[2:])
+    return erase(x, side, top, left)
+
+
+def dc_color(x: Tensor, generator: torch.Generator, shared: bool) -> Tensor:
+    """Brightness, saturation, contrast; both factors uniform, in 0 .. 2 and 0.5 .. 1.5."""
+    x = x + draw(x, -0.5, 0.5, generator, shared)
+    x = scale_saturation(x, draw(x, 0, 2, generator, shared))
+    return scale_contrast(x, draw(x, 0.5, 1.5, generator, shared))
+
+
+def dc_crop(x: Tensor, generator: torch.Generator, shared: bool) -> Tensor:
+    """Shift by whole pixels, up to an eighth of the image along each axis, zeros moving in."""
+    pad = int(x.shape[2] / 8 + 0.5)
+    shift = draw_variants(1 if shared else len(x), x.shape[2], False, generator, pad)
+    return gather(x, torch.arange(len(x)), shift.expand(len(x)), pad=pad)
+
+
+def dc_cutout(x: Tensor, generator: torch.Generator, shared: bool) -> Tensor:
+    """0 in a square half as high as the image, its centre anywhere in it: the border may cut a part off."""
+    side = int(x.shape[2] / 2 + 0.5)
+    places = [size + 1 - side % 2 for size in x.shape[2:]]  # centres: pixels if side is odd, else the lines between
+    top, left = (draw(x, 0, count, generator, shared).floor() - side // 2 for count in places)
+    return erase(x, side, top, left)
+
+
+def dc_scale(x: Tensor, generator: torch.Generator, shared: bool) -> Tensor:
+    """Reading positions stretched by 1/1.2 .. 1.2 along each axis on its own, zeros outside."""
+    tall, wide = (draw(x, 1 / 1.2, 1.2, generator, shared) for _ in range(2))
+    rows, columns = from_centre(x)
+    return sample(x, rows * tall, columns * wide, replicate=False)
+
+
+def dc_rotate(x: Tensor, generator: torch.Generator, shared: bool) -> Tensor:
+    return rotate(x, generator, shared, replicate=False)
+
+
+DSA = {
+    "frepo": dict(
+        flip=dsa_flip,
+        color=frepo_color,
+        crop=frepo_crop,
+        rotate=frepo_rotate,
+        translate=frepo_translate,
+        cutout=frepo_cutout,
+    ),
+    "dc": dict(color=dc_color, crop=dc_crop, cutout=dc_cutout, flip=dsa_flip, scale=dc_scale, rotate=dc_rotate),
+}
+
+
+def dsa_strategy(strategy: str, strengths: str) -> list[str]:
+    """The operations in a strategy such as "flip_color_crop_rotate_translate_cutout"; none in "" and "none".
+
+    Raises UserError for an operation that `strengths` ("frepo" or "dc") does not have, and for other strengths.
+    """
+    if strengths not in DSA:
+        raise UserError(f"DSA strengths {strengths!r}: not one of {', '.join(DSA)}; give one of these")
+    names = [] if strategy in ("", "none") else strategy.split("_")
+    for name in names:
+        if name not in DSA[strengths]:
+            raise UserError(
+                f"DSA strategy {strategy!r}: {strengths} has no operation {name!r}; "
+                f"join any of {', '.join(DSA[strengths])} by _, or give none"
+            )
+    return names
+
+
+def dsa(x: Tensor, generator: torch.Generator, strategy: str, strengths: str = "frepo", shared: bool = False) -> Tensor:
+    """One operation of the strategy, drawn uniformly for the whole batch, its parameters drawn for each image.
+
+    x: (N, C, H, W), as the network takes it (normalised or whitened); returns the same shape and dtype, differentiable
+    with respect to x. shared: all images get the same parameters, and two calls with equal generators the same
+    operation and parameters whatever their N, which is the siamese augmentation of Zhao and Bilen 2021
+    (arXiv:2102.08259). strengths: "dc" as in their code, "frepo" as in that of Zhou, Nezhadarya and Ba 2022
+    (arXiv:2206.00719). Raises UserError as dsa_strategy does. On a CUDA device the gradient with respect to x of what
+    turns, zooms or moves by parts of pixels is summed in no fixed order (grid_sample's).
+    """
+    names = dsa_strategy(strategy, strengths)
+    if not names:
+        return x
+    name = names[torch.randint(len(names), (), generator=generator).item()]
+    return DSA[strengths][name](x, generator, shared).to(x.dtype)

@@ -13,8 +13,11 @@ A named set is what common/sets.py reads, in colour throughout where its images 
 Image files are decoded once into <data_dir>/cache/<name>-<key>.u8, one uint8 array, and mapped from there. The key
 covers every file's path, size and time and every option that changes a pixel, so a later start only lists files. Old
 entries are never deleted; the cache folder may be emptied at any time.
+
+FRePo's networks see whitened images: `fit_zca`, and `Inputs` for whole sets of them.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import hashlib
@@ -22,6 +25,7 @@ import json
 import math
 import os
 import re
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -30,15 +34,22 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from common.run import UserError, rng, write_atomic
+from common.augment import gather, resident, upload
+from common.run import UserError, first_line, rng, write_atomic
 from common.sets import NAMED, NO_FLIP, NORMALISATION, read, reason_of
+from kernels.backend import exact_products
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
 VERSION = 1  # of the cache; raise it when the same files would decode to other pixels
 CHUNK = 32 << 20  # bytes decoded, hashed and written at a time
+PHASE_SIZE = 64  # pixels of a side up to which an image is whitened as a whole
+EXACT_ROWS = 1024  # see _moments
+ZCA_VERSION = 1  # of the cached whitenings; raise it when the same images would be whitened otherwise
 
 
 @dataclass
@@ -179,6 +190,181 @@ def describe(data: Data) -> str:
     skipped = f", {data.skipped} unreadable left out" if data.skipped else ""
     return (f"{data.name}: {len(data.x_train)} train, {len(data.x_test)} test, {data.size} px, {colour}, {classes}, "
             f"resize {data.resize}, content {data.content[:8]}{skipped}")  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------------- whitening
+
+
+@dataclass
+class Zca:
+    """ZCA whitening of normalised images, FRePo's. Fitted by `fit_zca`; symmetric matrices, so side and order of the
+    product do not matter."""
+
+    mean: Tensor  # (C, H, W) float32, of the normalised training images
+    matrix: Tensor  # (D, D) float32, covariance^(-1/2); D = C H W / stride^2
+    inverse: Tensor  # (D, D) float32, covariance^(1/2)
+
+    def whiten(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) float32, normalised, on this object's device -> whitened, the same shape."""
+        return mix_pixels(x - self.mean, self.matrix)
+
+    def undo(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) float32, whitened -> normalised."""
+        return mix_pixels(x, self.inverse) + self.mean
+
+    def to(self, device: torch.device | str) -> "Zca":
+        return Zca(self.mean.to(device), self.matrix.to(device), self.inverse.to(device))
+
+
+def zca_stride(size: int) -> int:
+    """Pixels between neighbours in a phase: 1 up to 64 px, 2 at 128 px (FRePo's checkerboard), then ceil(size / 64).
+
+    Raises UserError for a size that it does not divide.
+    """
+    stride = -(-size // PHASE_SIZE)
+    if size % stride:
+        raise UserError(f"{size} px images are whitened in {stride} x {stride} interleaved parts, which must be of one "
+                        f"size: give --size {size // stride * stride}, or --no-zca")  # fmt: skip
+    return stride
+
+
+def to_phases(x: Tensor, stride: int) -> Tensor:
+    """(N, C, H, W) -> (N, stride^2, D): row i stride + j of an image is x[:, i::stride, j::stride], flattened."""
+    n, c, h, w = x.shape
+    parts = x.reshape(n, c, h // stride, stride, w // stride, stride).permute(0, 3, 5, 1, 2, 4)
+    return parts.flatten(3).flatten(1, 2)
+
+
+def from_phases(phases: Tensor, shape: Sequence[int]) -> Tensor:
+    """The inverse of `to_phases`; shape: (N, C, H, W)."""
+    n, c, h, w = shape
+    stride = math.isqrt(phases.shape[1])
+    parts = phases.reshape(n, stride, stride, c, h // stride, w // stride).permute(0, 3, 4, 1, 5, 2)
+    return parts.reshape(n, c, h, w)
+
+
+def mix_pixels(x: Tensor, matrix: Tensor) -> Tensor:
+    """Multiply each phase of each image (N, C, H, W) by matrix (D, D): all of the whitening but the mean."""
+    stride = math.isqrt(x.shape[1:].numel() // len(matrix))
+    with exact_products(x.device):  # the condition number of the matrix is about 100: TF32 would show
+        return from_phases(to_phases(x, stride) @ matrix, x.shape)
+
+
+def fit_zca(data: Data, data_dir: str | Path, reg: float = 0.1) -> Zca:
+    """FRePo's whitening of the normalised training images, on the CPU, read from <data_dir>/cache when it is there.
+
+    With U diag(s) U^T = covariance + reg trace(covariance) / D I, the matrix is U diag(s^-1/2) U^T. Where there are
+    fewer images than dimensions, the smallest s beyond the number of images give 1 instead. Images above 64 px are
+    whitened in phases (`zca_stride`), all by one matrix, from the mean of the phases' covariances.
+    Raises UserError for a size without equal phases, for images that do not differ, and for a full disk.
+    """
+    stride = zca_stride(data.size)
+    shape, dim = tuple(data.x_train.shape[1:]), data.x_train[0].numel() // stride**2
+    key = _sha256(ZCA_VERSION, data.content, data.mean.tolist(), data.std.tolist(), data.size, float(reg))
+    path = Path(data_dir) / "cache" / f"zca-{key[:16]}.safetensors"
+    if path.exists():
+        try:
+            zca = Zca(**load_file(path))
+            if (zca.mean.shape, zca.matrix.shape, zca.inverse.shape) == (shape, (dim, dim), (dim, dim)):
+                return zca
+            reason = "its shapes are others"
+        except (OSError, SafetensorError, TypeError) as error:
+            reason = first_line(error)
+        print(f"data: {path} cannot be read ({reason}); fitting the whitening again")
+    start = time.perf_counter()
+    mean, covariance = _moments(data, stride)
+    covariance.diagonal().add_(reg * covariance.trace() / dim)
+    s, u = torch.linalg.eigh(covariance)  # ascending
+    beyond = max(0, dim - len(data.x_train))  # FRePo's guard: the number of images, also where each gives many phases
+    if not s[beyond] > 1e-12 * s[-1]:
+        raise UserError(f"{data.name}: its {len(data.x_train)} training images differ too little for a whitening with "
+                        f"regularisation {reg:g}: give --no-zca")  # fmt: skip
+    s[:beyond] = 1
+
+    def symmetric(power: float) -> Tensor:
+        product = u * s**power @ u.T
+        return ((product + product.T) / 2).float()
+
+    zca = Zca(mean.float(), symmetric(-0.5), symmetric(0.5))
+    seconds = f"{time.perf_counter() - start:.0f} s"
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    if os.access(path.parent, os.W_OK):
+        write_atomic(path, lambda temporary: save_file(vars(zca), temporary))
+        print(f"data: whitening of {dim} dimensions fitted once in {seconds} into {path}")
+    else:
+        print(f"data: whitening of {dim} dimensions fitted in {seconds}; {path.parent} cannot be written: every run "
+              "fits it anew")  # fmt: skip
+    return zca
+
+
+def _moments(data: Data, stride: int) -> tuple[Tensor, Tensor]:
+    """float64 mean (C, H, W) of the normalised training images, and covariance (D, D), averaged over the phases.
+
+    Sums of integers, and so the same however the images are divided: products of pixels - 128 are at most 2^14, and
+    1024 of them are exact in float32, which is twice as fast as float64. The sums of these are exact in float64.
+    """
+    x, phases = data.x_train, stride**2
+    dim = x[0].numel() // phases
+    total = torch.zeros(phases, dim, dtype=torch.float64)
+    products = torch.zeros(dim, dim, dtype=torch.float64)
+    for chunk in tqdm(x.split(max(1, EXACT_ROWS // phases)), desc="covariance", leave=False, disable=None):
+        rows = to_phases(chunk.float() - 128, stride)  # (n, phases, D)
+        total += rows.sum(0)
+        rows = rows.flatten(0, 1)
+        products += rows.T @ rows
+    total /= len(x)
+    covariance = products / (len(x) * phases) - total.T @ total / phases
+    mean, std = data.mean.double()[:, None, None], data.std.double()[:, None, None]
+    scale = (1 / (255 * std)).expand(-1, data.size // stride, data.size // stride).flatten()  # (D,), to network input
+    covariance *= scale[:, None] * scale
+    pixel_mean = from_phases(total[None], (1, *x.shape[1:]))[0] + 128
+    return (pixel_mean / 255 - mean) / std, covariance
+
+
+class Inputs:
+    """What the networks see of a set of images: normalised, and with `zca` whitened, float32 on the run's device.
+
+    Whitened images are kept if they fit, else each batch is whitened as it is drawn. An input has the same bits either
+    way and in any company, so that a resumed run may keep what the first did not: as the last bits of a matrix product
+    on a CPU depend on its number of rows (not on a row's place nor on the other rows: tested), it always whitens
+    blocks of one size.
+    """
+
+    def __init__(
+        self, x: Tensor, mean: Tensor, std: Tensor, zca: Zca | None, device: torch.device, gigabytes: float,
+        spare: int = 0,
+    ):  # fmt: skip
+        """x: uint8 (N, C, H, W), may be memory-mapped; mean, std: (C,). gigabytes: 10^9 bytes for whitened images;
+        spare: bytes to leave free on a CUDA device. Pixels are kept on the device where `augment.resident` puts them.
+        """
+        self.device, self.mean, self.std = device, mean.to(device), std.to(device)
+        self.zca = None if zca is None else zca.to(device)
+        self.block = 64 if device.type == "cpu" else 256  # images; a GPU wants more, its bits are not promised
+        self.pixels, self.kept = x, None
+        room = gigabytes * 1e9
+        if device.type == "cuda":
+            room = min(room, torch.cuda.mem_get_info(device)[0] - spare)
+        if zca is None or 4 * x.numel() > room:
+            self.pixels = resident(x, device, spare)
+            return
+        kept = torch.empty(x.shape, device=device)
+        for index in tqdm(torch.arange(len(x)).split(self.block), desc="whitening", leave=False, disable=None):
+            kept[index[0] : index[-1] + 1] = self(index)
+        self.kept = kept
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __call__(self, index: Tensor) -> Tensor:
+        """index: (B,) int64 on the CPU; returns (B, C, H, W) float32 on the device."""
+        if self.kept is not None:
+            return gather(self.kept, index)
+        x = normalise(upload(gather(self.pixels, index), self.device), self.mean, self.std)
+        if self.zca is None:
+            return x
+        full = torch.cat([x, x.new_zeros(-len(x) % self.block, *x.shape[1:])])
+        return torch.cat([self.zca.whiten(block) for block in full.split(self.block)])[: len(x)]
 
 
 # ------------------------------------------------------------------------------------------- what there is, in an order

@@ -1,4 +1,6 @@
-"""The networks: the field's ConvNet and the ResNets of the teachers. Every one has `features(x) -> (N, d)`.
+"""The networks: the field's ConvNet, the ResNets of the teachers, and FRePo's ConvNet and evaluation networks.
+
+Every one has `features(x) -> (N, d)` and `dim`, which is d.
 
 Weights are channels-last and the maps take the layout of the weights, whatever the images have: on a CPU a ConvNet's
 step needs about 0.75 of the default layout's time in fp32 and 0.65 in bf16, a ResNet's 0.75 and 0.85. Results are the
@@ -11,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from common.run import UserError
 
 
 def convnet_depth(size: int) -> int:
@@ -77,15 +81,18 @@ class ConvNet(nn.Module):
 
 
 class BasicBlock(nn.Module):
+    """norm: the class of its three norms; without one (nn.Identity) the convolutions have biases."""
+
     expansion = 1
 
-    def __init__(self, c_in: int, width: int, stride: int):
+    def __init__(self, c_in: int, width: int, stride: int, norm: type[nn.Module] = nn.BatchNorm2d):
         super().__init__()
-        self.conv1 = nn.Conv2d(c_in, width, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width)
-        self.stride, self.downsample = stride, shortcut(c_in, width, stride)
+        bias = norm is nn.Identity
+        self.conv1 = nn.Conv2d(c_in, width, 3, stride, 1, bias=bias)
+        self.bn1 = norm(width)
+        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=bias)
+        self.bn2 = norm(width)
+        self.stride, self.downsample = stride, shortcut(c_in, width, stride, norm)
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
@@ -115,7 +122,7 @@ class Bottleneck(nn.Module):
         return F.relu(out + x)
 
 
-def shortcut(c_in: int, c_out: int, stride: int) -> nn.Sequential | None:
+def shortcut(c_in: int, c_out: int, stride: int, norm: type[nn.Module] = nn.BatchNorm2d) -> nn.Sequential | None:
     """The projection of a block that changes the shape, to be given every stride-th pixel.
 
     A convolution with kernel 1 and that stride is the same, but oneDNN (torch 2.11) writes out of bounds in its
@@ -123,7 +130,7 @@ def shortcut(c_in: int, c_out: int, stride: int) -> nn.Sequential | None:
     """
     if stride == 1 and c_in == c_out:
         return None
-    return nn.Sequential(nn.Conv2d(c_in, c_out, 1, bias=False), nn.BatchNorm2d(c_out))
+    return nn.Sequential(nn.Conv2d(c_in, c_out, 1, bias=norm is nn.Identity), norm(c_out))
 
 
 RESNETS = {
@@ -182,6 +189,207 @@ class ResNet(nn.Module):
         return x.mean((2, 3))
 
     forward = features
+
+
+class FlaxBatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm with Flax's running statistics as FRePo's code sets them: 0.1 old + 0.9 batch, variance biased.
+
+    torch's momentum 0.9 gives the same mean, but its variance is the unbiased one. `num_batches_tracked` is not kept.
+    """
+
+    def __init__(self, width: int):
+        super().__init__(width, eps=1e-5, momentum=0.9)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> the same. In train mode N H W must be at least 2 (torch's ValueError)."""
+        if not self.training:
+            return super().forward(x)
+        # buffers of this call alone: what the backward pass keeps must not be written to afterwards
+        mean, var = torch.zeros_like(self.running_mean), torch.zeros_like(self.running_var)
+        out = F.batch_norm(x, mean, var, self.weight, self.bias, training=True, momentum=1.0, eps=self.eps)
+        n = x.numel() // x.shape[1]
+        with torch.no_grad():
+            self.running_mean.mul_(1 - self.momentum).add_(mean, alpha=self.momentum)
+            self.running_var.mul_(1 - self.momentum).add_(var, alpha=self.momentum * (n - 1) / n)
+        return out
+
+
+@torch.no_grad()
+def lecun_init(net: nn.Module) -> None:
+    """Flax's default for every convolution and linear layer, drawn from torch's global generator; biases 0.
+
+    LeCun normal: a normal distribution cut off at two of its standard deviations, which leaves 0.87962566 of the
+    standard deviation, and scaled so that the variance after the cut is 1 / fan_in.
+    """
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            sigma = module.weight[0].numel() ** -0.5 / 0.87962566
+            nn.init.trunc_normal_(module.weight, std=sigma, a=-2 * sigma, b=2 * sigma)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+def grey_margin(channels: int) -> int:
+    """Pixels by which FRePo pads grey images more on every side, in the first convolution: 28 px become 32."""
+    return 2 if channels == 1 else 0
+
+
+class FRePoConvNet(nn.Module):
+    """FRePo's network: blocks of [norm] - conv 3x3 - ReLU - 2x2 average pool, flattened, then one linear head.
+
+    The norm stands before the convolution and the first block has none. Layer order and initialisation are those of
+    FRePo's published code (README.md#frepo).
+
+    widths: channels of each block, (128, 256, 512) at 32 px; norm: "batch" (training) or "none" (evaluation);
+    out: outputs of the head, one for each class.
+    """
+
+    def __init__(self, channels: int, size: int, out: int, widths: tuple[int, ...], norm: str = "batch"):
+        super().__init__()
+        make_norm = {"batch": FlaxBatchNorm2d, "none": nn.Identity}[norm]
+        c_ins, margin = (channels, *widths[:-1]), grey_margin(channels)
+        self.norms = nn.ModuleList([nn.Identity(), *[make_norm(c_in) for c_in in c_ins[1:]]])
+        self.convs = nn.ModuleList(
+            nn.Conv2d(c_in, c_out, 3, padding=1 if i else 1 + margin)
+            for i, (c_in, c_out) in enumerate(zip(c_ins, widths, strict=True))
+        )
+        self.dim = widths[-1] * ((size + 2 * margin) >> len(widths)) ** 2
+        self.head = nn.Linear(self.dim, out)
+        lecun_init(self)
+        self.to(memory_format=torch.channels_last)
+
+    def features(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, dim)."""
+        for norm, conv in zip(self.norms, self.convs, strict=True):
+            x = F.avg_pool2d(F.relu(conv(norm(x)), inplace=True), 2)
+        return x.flatten(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x))
+
+    @torch.no_grad()
+    def frozen(self) -> Callable[[Tensor], Tensor]:
+        """The features of the network as it stands: in eval mode, of copied weights that take no gradient.
+
+        A norm before a convolution that pads with zeros cannot be folded into it (at the border its shift is missing),
+        so it stays an affine map, of the pooled and hence small map: no measurable part of the time. addcmul instead of
+        F.batch_norm is no faster in all, and under bf16 less exact. Returns a function (N, C, H, W) -> (N, dim),
+        differentiable with respect to the images.
+        """
+        layers = []
+        for norm, conv in zip(self.norms, self.convs, strict=True):
+            affine = None
+            if isinstance(norm, nn.BatchNorm2d):
+                affine = [part.clone() for part in (norm.running_mean, norm.running_var, norm.weight, norm.bias)]
+            layers.append((affine, conv.weight.clone(), conv.bias.clone(), conv.padding))
+
+        def features(x: Tensor) -> Tensor:
+            for affine, weight, bias, padding in layers:
+                if affine:
+                    x = F.batch_norm(x, *affine)  # eval mode and eps 1e-5, torch's defaults
+                x = F.avg_pool2d(F.relu(F.conv2d(x, weight, bias, padding=padding), inplace=True), 2)
+            return x.flatten(1)
+
+        return features
+
+
+class FlatNet(nn.Module):
+    """Layers that end in a map of `dim` numbers, flattened, then one linear head; initialised as Flax does."""
+
+    def __init__(self, layers: list[nn.Module], dim: int, out: int):
+        super().__init__()
+        self.layers, self.dim = nn.Sequential(*layers), dim
+        self.head = nn.Linear(dim, out)
+        lecun_init(self)
+        self.to(memory_format=torch.channels_last)
+
+    def features(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, dim)."""
+        return self.layers(x).flatten(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x))
+
+
+def plain_student(channels: int, size: int, out: int, plan: list[tuple[int, int, bool]], bias: bool) -> FlatNet:
+    """Convolutions with ReLU, and 2x2 average pools between them.
+
+    plan: (channels, kernel size, whether a pool follows) of every convolution.
+    """
+    layers, c_in, padding = [], channels, grey_margin(channels)
+    side = size + 2 * padding
+    for width, kernel, pool in plan:
+        layers += [nn.Conv2d(c_in, width, kernel, padding=kernel // 2 + padding, bias=bias), nn.ReLU(inplace=True)]
+        if pool:
+            layers.append(nn.AvgPool2d(2))
+            side //= 2
+        c_in, padding = width, 0
+    return FlatNet(layers, c_in * side**2, out)
+
+
+def resnet18_student(channels: int, size: int, out: int, widths: list[int], norm: type[nn.Module]) -> FlatNet:
+    """FRePo's ResNet-18: CIFAR stem, padding 1, no global pooling.
+
+    widths: channels of the stem and first stage and of the other three; norm: nn.Identity (as FRePo's code, with
+    biases) or FlaxBatchNorm2d, in the stem, the blocks and their projections.
+    """
+    layers = [nn.Conv2d(channels, widths[0], 3, padding=1, bias=norm is nn.Identity), norm(widths[0]), nn.ReLU()]
+    c_in, side = widths[0], size
+    for stage, width in enumerate(widths):
+        stride = 2 if stage else 1
+        layers += [BasicBlock(c_in, width, stride, norm), BasicBlock(width, width, 1, norm)]
+        c_in, side = width, -(-side // stride)
+    return FlatNet(layers, c_in * side**2, out)
+
+
+FREPO_STUDENTS = ("conv", "dcconv", "kipconv", "frepo_alexnet", "frepo_vgg11", "resnet18", "resnet18_bn")
+
+
+def frepo_student(name: str, channels: int, size: int, out: int, widths: tuple[int, ...]) -> nn.Module:
+    """A fresh network of FREPO_STUDENTS, as FRePo's published evaluation builds them; it has dim, features, forward.
+
+    widths: those of the training network; its depth is also that of conv, dcconv and kipconv, and its first entry
+    (published: 128) scales the channels of every network but conv. Drawn from torch's global generator.
+    Raises UserError for an unknown name, or if the pools leave nothing of images of this size.
+    """
+    width, depth = widths[0], len(widths)
+
+    def scaled(published: int) -> int:
+        return max(1, round(published * width / 128))
+
+    plans = {
+        "conv": [(each, 3, True) for each in widths],
+        "dcconv": [(width, 3, True)] * depth,
+        "kipconv": [(width, 3, False)] + [(width, 3, True)] * depth,
+        "frepo_alexnet": [
+            (width, 5, True),
+            (scaled(192), 5, True),
+            (scaled(256), 3, False),
+            (scaled(192), 3, False),
+            (scaled(192), 3, True),
+        ],
+        "frepo_vgg11": [(width, 3, pool) for pool in (True, True, False, True, False, True, False, True)],
+    }
+    if name not in FREPO_STUDENTS:
+        raise UserError(f"--eval-models {name}: not one of {', '.join(FREPO_STUDENTS)}")
+    if name not in plans:
+        stages = [scaled(published) for published in (64, 128, 256, 512)]
+        return resnet18_student(channels, size, out, stages, FlaxBatchNorm2d if name == "resnet18_bn" else nn.Identity)
+    pools = sum(pool for _, _, pool in plans[name])
+    smallest = max(1, 2**pools - 2 * grey_margin(channels))
+    if size < smallest:
+        lost = f"its {pools} pools leave nothing of {size} px images; leave it out, or take"
+        raise UserError(f"--eval-models {name}: {lost} images of at least {smallest} px")
+    if name == "conv":
+        return FRePoConvNet(channels, size, out, widths, norm="none")
+    net = plain_student(channels, size, out, plans[name], bias=name != "dcconv")
+    with torch.no_grad():
+        for module in net.modules():
+            if name == "dcconv" and isinstance(module, nn.Conv2d):
+                module.weight.mul_(2**0.5)  # He normal: LeCun's with variance 2 / fan_in
+            elif name == "kipconv" and isinstance(module, nn.Conv2d | nn.Linear):
+                nn.init.normal_(module.bias, std=0.1)
+    return net
 
 
 @torch.no_grad()

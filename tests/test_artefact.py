@@ -4,15 +4,17 @@ import dataclasses
 import itertools
 import json
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import refuse
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from common.artefact import fit_pairs, load_distilled, pretrain, save_distilled
-from common.data import denormalise
+from common.data import Zca, denormalise
 from common.run import rng
 
 F64 = torch.float64
@@ -87,10 +89,6 @@ def test_dataset_gives_inputs_with_their_targets(path):
 
 def test_the_file_loads_without_this_project(path):
     x, y = write(path)
-
-    from safetensors import safe_open
-    from safetensors.torch import load_file
-
     tensors = load_file(path)
     mean, std = tensors["mean"].view(-1, 1, 1), tensors["std"].view(-1, 1, 1)
     inputs, targets = (tensors["x"] - mean) / std, tensors["y"]
@@ -143,6 +141,100 @@ def test_a_set_that_cannot_be_written_leaves_the_old_one(path, tmp_path, monkeyp
     monkeypatch.setattr("common.artefact.save_file", full)
     refuse(lambda: write(path, seed=4), "could not write", "No space left")
     assert path.read_bytes() == before and [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+# ------------------------------------------------------------------------------------------------- whitened sets, extra
+
+
+CONDITION = 100.0  # of the whitening's matrix; of CIFAR-10's it is 94
+
+
+def whitening(stride):
+    """A Zca of images of 3 x (4 stride)^2 with variances between 0.1 and 1000."""
+    u, _ = torch.linalg.qr(draw(48, 48, seed=5, dtype=F64))
+    s = 0.1 * CONDITION ** (2 * torch.arange(48, dtype=F64) / 47)
+    matrix, inverse = (((u * s**power) @ u.T).float() for power in (-0.5, 0.5))
+    return Zca(draw(3, 4 * stride, 4 * stride, seed=6), (matrix + matrix.T) / 2, (inverse + inverse.T) / 2)
+
+
+def rounding(zca, z):
+    """How far whitened images may move through pixel units and back. Each of the few roundings on the way is one of a
+    number no larger than |undone z| + |means|, and whitening multiplies it by at most the matrix's norm: with z's part,
+    the condition number times z's own rounding. Eight of them, as sums of 48 round like walks of 48 steps."""
+    largest = zca.undo(z).abs().max() + zca.mean.abs().max() + (MEAN / STD).max()
+    return 8 * 2**-24 * float(torch.linalg.matrix_norm(zca.matrix, 2) * largest)
+
+
+def write_whitened(path, stride, **changes):
+    zca, z = whitening(stride), draw(6, 3, 4 * stride, 4 * stride)
+    write(path, x=denormalise(zca.undo(z), MEAN, STD), zca=zca, **changes)
+    return zca, z
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3])
+def test_whitened_images_survive_pixel_units(path, stride):
+    zca, z = write_whitened(path, stride)
+    distilled = load_distilled(path)
+    assert torch.equal(distilled.zca, zca.matrix) and torch.equal(distilled.zca_mean, zca.mean)
+    bound = rounding(zca, z)
+    assert bound < 4 * CONDITION * 2**-24 * z.abs().max()
+    assert (distilled.inputs() - z).abs().max() <= bound
+    assert torch.equal(torch.stack([x for x, _ in distilled.dataset()]), distilled.inputs())
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3])
+def test_a_whitened_file_needs_numpy_alone(path, stride):
+    zca, z = write_whitened(path, stride)
+
+    from safetensors.numpy import load_file as load_arrays
+
+    file = load_arrays(path)
+    x, zca_matrix = file["x"], file["zca"]
+    n, c, h, w = x.shape
+    s = round((c * h * w / len(zca_matrix)) ** 0.5)
+    normalised = (x - file["mean"][:, None, None]) / file["std"][:, None, None]
+    inputs, undone = np.empty_like(x), np.empty_like(x)
+    for i in range(s):
+        for j in range(s):
+            phase = (normalised - file["zca_mean"])[:, :, i::s, j::s]
+            inputs[:, :, i::s, j::s] = (phase.reshape(n, -1) @ zca_matrix).reshape(phase.shape)
+            rows = inputs[:, :, i::s, j::s].reshape(n, -1)
+            undone[:, :, i::s, j::s] = np.linalg.solve(zca_matrix, rows.T).T.reshape(phase.shape)
+    pixels = (undone + file["zca_mean"]) * file["std"][:, None, None] + file["mean"][:, None, None]
+
+    assert np.abs(inputs - z.numpy()).max() <= rounding(zca, z)
+    assert np.abs(inputs - load_distilled(path).inputs().numpy()).max() <= rounding(zca, z)
+    np.testing.assert_allclose(pixels, x, atol=CONDITION * 2**-24 * np.abs(x).max())
+
+
+def test_the_whitening_is_counted_apart(path):
+    write_whitened(path, 2)
+    meta = load_distilled(path).meta
+    assert meta["storage_bytes"] == 4 * (6 * 3 * 8 * 8 + 6 * 5 + 3 + 3)
+    assert meta["zca_bytes"] == 4 * (48 * 48 + 3 * 8 * 8)
+
+
+def test_without_whitening_the_tensors_are_as_they_were(path):
+    x, y = write(path)
+    assert load_file(path).keys() == {"x", "y", "mean", "std"}
+    distilled = load_distilled(path)
+    assert distilled.zca is None and distilled.zca_mean is None and distilled.meta["zca_bytes"] == 0
+    facts = safe_open(path, "pt").metadata()
+    del facts["zca_bytes"]  # as an older version wrote it
+    save_file({"x": x, "y": y, "mean": MEAN, "std": STD}, path, metadata=facts)
+    older = load_distilled(path)
+    assert torch.equal(older.inputs(), distilled.inputs()) and older.zca is None
+    assert older.meta | {"zca_bytes": 0} == distilled.meta
+
+
+def test_extra_facts_come_back(path):
+    extra = {"ipc": 10, "network": {"width": 128, "norm": None}, "note": "12", "label_scale": 0.1, "ages": [1, 2]}
+    write(path, extra=extra)
+    distilled = load_distilled(path)
+    assert {key: distilled.meta[key] for key in extra} == extra and distilled.step == FACTS["step"]
+    for name in ("storage_bytes", "recipe", "zca"):
+        with pytest.raises(ValueError, match=name):
+            write(path, extra={name: 1})
 
 
 # ---------------------------------------------------------------------------------------------------------- pretraining

@@ -1,0 +1,233 @@
+"""How good a labelled distilled set is: students trained on it from scratch by FRePo's schedule, and kernel ridge.
+
+Apart from common/evaluate.py, which scores pairs of image and teacher feature by pretraining. Every row is trained and
+scored the same way, at the last update, on all test images:
+  a model's name   accuracy of fresh students of that architecture
+  krr              accuracy of kernel ridge regression from the row's images, on features of the first model's students
+Rows: random real images, as many of each class, drawn anew for every student, labelled as the distilled ones start;
+distilled; and on request all real images for as many updates. The r-th students of all rows start from equal weights.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import kernels
+from common.artefact import Distilled
+from common.augment import dsa
+from common.data import Data, Inputs
+from common.evaluate import Scored, accuracy, seconds_of, summarise
+from common.models import frepo_student
+from common.run import UserError, rng, seeded
+
+# updates of a student by the number of images, as published; ISA's script differs in three places
+STEPS = {10: 1000, 100: 2000, 200: 20_000, 400: 5000, 500: 5000, 1000: 10_000, 2000: 40_000, 5000: 40_000}
+STEPS_ISA = STEPS | {200: 2000, 1000: 4000, 2000: 5000}
+KEPT = 256  # images of a forward pass while scoring
+
+
+@dataclass
+class Recipe:
+    """How students are trained; every value is recorded in result.json and in the artefact."""
+
+    steps: int  # updates
+    runs: int = 5
+    batch: int = 500
+    lr: float = 3e-4  # Adam's
+    warm_up: int = 500  # updates from zero to lr, but at most half of all; then a cosine
+    lr_end: float = 0.01  # of it, as a fraction of lr
+    loss: str = "mse"  # to the labels as they are; xent: to their argmax; softxent: to softmax(y / temperature)
+    temperature: float = 1.0
+    dsa: str = "color_crop_rotate_translate_cutout"
+    strengths: str = "frepo"
+    shared: bool = False  # the augmentation's parameters: one for a batch, or one for an image
+    shuffle: bool = True  # False: the images in the order of the file, class after class
+    ridge: float = 1e-6  # of krr: lam = ridge * trace / n
+    flip: bool = False  # krr counts mirrored images as well
+
+
+def student_steps(n: int, table: dict[int, int]) -> int:
+    """Updates for n images: the table's, or its value for the nearest number (by ratio)."""
+    return table[min(table, key=lambda known: abs(math.log(known / n)))]
+
+
+def student_lr(step: int, recipe: Recipe) -> float:
+    """Linear warm-up from 0, then a cosine to lr_end * lr at the last update (FRePo's evaluation script)."""
+    warm_up = min(recipe.warm_up, recipe.steps // 2)
+    if step < warm_up:
+        return recipe.lr * step / warm_up
+    progress = (step - warm_up) / max(1, recipe.steps - warm_up)
+    return recipe.lr * (recipe.lr_end + (1 - recipe.lr_end) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def student_loss(scores: Tensor, y: Tensor, loss: str, temperature: float) -> Tensor:
+    """scores, y: (B, C). mse: half the squared error summed over the classes, mean over the batch."""
+    if loss == "mse":
+        return 0.5 * (scores - y).square().sum(1).mean()
+    return F.cross_entropy(scores, y.argmax(1) if loss == "xent" else (y / temperature).softmax(1))
+
+
+@lru_cache(maxsize=2)
+def epoch_order(n: int, *key) -> Tensor:
+    return torch.randperm(n, generator=rng("student order", *key))
+
+
+def stream_index(step: int, n: int, batch: int, shuffle: bool, *key) -> Tensor:
+    """Places of the step-th batch in an endless stream of epochs, each shuffled anew or in order: (min(n, batch),)."""
+    size = min(n, batch)
+    places = torch.arange(step * size, (step + 1) * size)
+    if not shuffle:
+        return places % n
+    epochs = range(int(places[0]) // n, int(places[-1]) // n + 1)
+    return torch.cat([epoch_order(n, *key, epoch)[(places % n)[places // n == epoch]] for epoch in epochs])
+
+
+def fit_student(net: nn.Module, images: Callable[[Tensor], Tensor], y: Tensor, recipe: Recipe, *key) -> None:
+    """Train net on n labelled images, in place: Adam, the schedule of `student_lr`, DSA on every batch.
+
+    images: places (B,) -> network inputs (B, C, H, W) on y's device; y: (n, C) scores; key: of the order and the
+    augmentation. The net stays in train mode. Raises UserError if the last loss is not finite.
+    """
+    net.train()
+    optimizer = torch.optim.Adam(net.parameters(), lr=recipe.lr, foreach=True)
+    generator = rng("student augmentation", *key)
+    for step in range(recipe.steps):
+        index = stream_index(step, len(y), recipe.batch, recipe.shuffle, *key)
+        x = dsa(images(index), generator, recipe.dsa, recipe.strengths, recipe.shared)
+        loss = student_loss(net(x), y[index.to(y.device)], recipe.loss, recipe.temperature)
+        optimizer.param_groups[0]["lr"] = student_lr(step, recipe)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    if not loss.isfinite():
+        raise UserError(f"a student of {len(y)} images ended at loss {loss.item()}; lower --eval-lr {recipe.lr}")
+
+
+@torch.no_grad()
+def features_of(net: nn.Module, images: Callable[[Tensor], Tensor], n: int) -> Tensor:
+    """net.features of images 0 .. n - 1, (n, d)."""
+    return torch.cat([net.features(images(index)) for index in torch.arange(n).split(KEPT)])
+
+
+def krr_accuracy(f_test: Tensor, y_test: Tensor, f_s: Tensor, y_s: Tensor, ridge: float) -> float:
+    """Test accuracy of kernel ridge regression from (f_s, y_s), lam as in the outer loop: ridge * trace(K_ss) / n_s."""
+    lam = ridge * f_s.square().sum() / len(f_s)
+    return accuracy(kernels.krr_predict(f_test, f_s, y_s, lam), y_test)
+
+
+def per_class(y: Tensor, ipc: int, *key) -> Tensor:
+    """Indices of ipc random images of each class, class after class: (classes * ipc,). y: (N,) labels."""
+    order = torch.randperm(len(y), generator=rng(*key))
+    return torch.cat([order[y[order] == label][:ipc] for label in range(int(y.max()) + 1)])
+
+
+def evaluate_students(
+    distilled: Distilled,
+    data: Data,
+    train: Inputs,
+    test: Inputs,
+    labels: Callable[[Tensor], Tensor],
+    widths: tuple[int, ...],
+    device: torch.device,
+    recipe: Recipe,
+    seed: int,
+    models: tuple[str, ...] = ("conv",),
+    rows: tuple[str, ...] = ("random_real", "distilled"),
+    keep: Path | None = None,
+) -> dict[str, dict[str, dict]]:
+    """{row: {model or "krr": {"values": one a student, "mean", "std"}}}; std is the sample's, over the students.
+
+    train, test: the network inputs of data.x_train and data.x_test. labels: class numbers (n,) -> scores (n, C) of real
+    images. widths: of the student (models.frepo_student). keep: a JSON file of the students scored so far, read only if
+    it was made from the same set by the same recipe. Raises kernels.FailedFactorization if the ridge of krr failed.
+    """
+    classes, n_s = distilled.y.shape[1], len(distilled.x)
+    scored = Scored(keep, distilled, data, recipe, seed)
+    bar = tqdm(total=len(rows) * len(models) * recipe.runs, desc="students", leave=False, mininterval=1)
+    for row in rows:
+        for model in models:
+            for run in range(recipe.runs):
+                bar.set_postfix_str(f"{row} {model}")
+                if not scored.has(f"{row} {model}", run):
+                    images, y = images_of(row, distilled, data, train, labels, n_s // classes, device, seed, run)
+                    with seeded("student", model, seed, run):  # the run-th student of every row starts alike
+                        net = frepo_student(model, data.channels, data.size, classes, widths).to(device)
+                    fit_student(net, images, y, recipe, seed, run)
+                    scores = score_student(net, images, y, test, data.y_test, recipe, row != "all_real")
+                    kernels.raise_if_failed(distilled.step)
+                    scored.add(f"{row} {model}", scores)
+                bar.update()
+    bar.close()
+    results = {}
+    for row in rows:
+        of_model = {model: summarise(scored.rows[f"{row} {model}"][: recipe.runs]) for model in models}
+        results[row] = {model: scores["accuracy"] for model, scores in of_model.items()}
+        if "krr" in of_model[models[0]]:
+            results[row]["krr"] = of_model[models[0]]["krr"]
+    return results
+
+
+def images_of(
+    row: str, distilled: Distilled, data: Data, train: Inputs, labels, ipc: int, device, seed: int, run: int
+) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    """(places -> network inputs, labels (n, C)) that the run-th student of a row is trained on."""
+    if row == "distilled":
+        x = distilled.inputs().to(device)
+        return lambda index: x[index.to(device)], distilled.y.to(device)
+    if row == "random_real":
+        real = per_class(data.y_train, ipc, "random real", seed, run)
+        x = train(real)
+        return lambda index: x[index.to(device)], labels(data.y_train[real]).to(device)
+    return train, labels(data.y_train).to(device)
+
+
+@torch.no_grad()
+def score_student(
+    net: nn.Module, images, y: Tensor, test: Inputs, y_test: Tensor, recipe: Recipe, krr: bool
+) -> dict[str, float]:
+    """Accuracy of a trained student, and of the ridge regression on its features from the images it was trained on."""
+    net.eval()
+    f_test = features_of(net, test, len(test))  # (N, d)
+    scores = {"accuracy": accuracy(net.head(f_test), y_test)}
+    if krr:
+        f_s, y_s = features_of(net, images, len(y)), y
+        if recipe.flip:
+            mirrored = features_of(net, lambda index: images(index).flip(3), len(y))
+            f_s, y_s = torch.cat([f_s, mirrored]), torch.cat([y, y])
+        scores["krr"] = krr_accuracy(f_test, y_test, f_s, y_s, recipe.ridge)
+    return scores
+
+
+def predict_seconds(
+    data: Data, n_s: int, classes: int, widths, device: torch.device, recipe: Recipe, models: tuple[str, ...], rows: int
+) -> float:
+    """Seconds that evaluate_students will take over `rows` rows: one update and one pass of each model are timed."""
+    n, total = min(n_s, recipe.batch), 0.0
+    x = torch.zeros(max(n, KEPT), data.channels, data.size, data.size, device=device)
+    y = torch.zeros(n, classes, device=device)
+    short = replace(recipe, steps=5)  # the operation of DSA differs from update to update
+    for model in models:
+        with seeded("predict seconds"):
+            net = frepo_student(model, data.channels, data.size, classes, widths).to(device)
+        fit = lambda net=net: fit_student(net, lambda i: x[i.to(device)], y, short, "predict")  # noqa: E731
+        update = seconds_of(fit, device) / short.steps
+        image = seconds_of(lambda net=net: features_of(net, lambda i: x[: len(i)], KEPT), device) / KEPT
+        total += recipe.runs * rows * (recipe.steps * update + image * len(data.x_test))
+    return total
+
+
+def table(results: dict[str, dict[str, dict]], caption: str) -> str:
+    """The rows as text: accuracies in per cent, mean ± std."""
+    columns = list(dict.fromkeys(column for row in results.values() for column in row))
+    lines = [f"{'':15}" + "".join(f"{column:>16}" for column in columns)]
+    for name, row in results.items():
+        cells = [f"{100 * row[c]['mean']:.1f} ± {100 * row[c]['std']:.1f}" if c in row else "-" for c in columns]
+        lines.append(f"{name.replace('_', ' '):15}" + "".join(f"{cell:>16}" for cell in cells))
+    return "\n".join([*lines, caption])
