@@ -123,7 +123,7 @@ class Args:
     topk: float = 0.8
     """share of the batch that counts: its hardest samples (published 0.8); negative: its easiest; 0 and 1: all"""
     epsilon: float = 0.5
-    """length of the line in distances to the neighbour (published 0.5, CIFAR-10 1 as well); 0: the samples themselves"""
+    """length of the line in distances to the neighbour (published 0.5; CIFAR-10 also 1); 0: the samples themselves"""
     direction: Literal["away", "towards"] = "away"
     """away from the neighbour, as the published code does, or towards it, as its words say"""
     class_norm: Literal["mean", "half_sum"] = "mean"
