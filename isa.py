@@ -208,8 +208,7 @@ DIGITS = PUBLISHED | dict(
     lr_img=1e-2,
     lr_label=1e-2,
     widths=(32, 64),
-    eval_steps=500,
-    eval_lr=1e-3,
+    eval_steps=1000,
 )
 PRESETS = {
     "digits": DIGITS,

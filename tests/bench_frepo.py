@@ -3,7 +3,7 @@
 Each variant runs in its own process with one thread; the step is timed in CPU seconds and its peak in resident memory.
 The twin does what the specification says of that branch: eval-mode BatchNorm as it stands, K_ss and K_ts in float32,
 autograd through all of the solve, the default memory layout. What is not about speed (networks, LAMB, mirrored images,
-the half squared errors) it has as frepo.py has it, so that both work from the same images, networks and batches and must
+half squared errors) it has as frepo.py has it, so that both work from the same images, networks and batches: they must
 report the same losses. Width 128 256 512; images are not whitened in any row.
 
     python tests/bench_frepo.py         # all rows: twenty minutes; writes tests/results/frepo/speed.json

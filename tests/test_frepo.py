@@ -691,6 +691,81 @@ def test_no_weight_of_the_pool_takes_a_gradient_in_the_outer_pass(script, tmp_pa
     assert seen == [True] * 3
 
 
+MEASURE = """
+import sys
+import importlib
+from pathlib import Path
+
+script = importlib.import_module(sys.argv[1])
+
+def resident(field):
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field))
+    return 1024 * int(line.split()[1])
+
+class End(Exception):
+    pass
+
+def end(*args, **kwargs):
+    raise End
+
+def started(step, *rest):
+    if step == 0:
+        needs.append(resident("VmRSS"))
+        Path("/proc/self/clear_refs").write_text("5")
+    return batch_index(step, *rest)
+
+def checked(phases, device):
+    needs.append(max(sum(phases[p].values()) for p in ("outer step", "training of the pool")))
+    return check_memory(phases, device)
+
+needs, check_memory, batch_index = [], script.check_memory, script.batch_index
+script.check_memory, script.batch_index, script.evaluate_students = checked, started, end
+script.predict_seconds = lambda *args: 0.0
+import tyro
+try:
+    script.main(tyro.cli(script.Args, args=sys.argv[2:]))
+except End:
+    pass
+print("MEASURED", needs[0], resident("VmHWM") - needs[1])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(ipc=70, widths=(128, 256), flip="on", online_batch=100),
+        dict(ipc=100, widths=(64, 512), norm="none"),
+        dict(ipc=2, batch_real=1437, widths=(256, 256)),
+        dict(ipc=100, widths=(128, 256), precision="bf16"),
+    ],
+    ids=str,
+)
+def test_the_memory_estimate_is_near_the_measured_peak(tmp_path, changes):
+    """Of the outer loop, in resident memory beyond what the process had before."""
+    words = flags(**TINY | dict(out_dir=tmp_path, steps=4, max_age=2) | changes)
+    env = os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", MEASURE, "frepo", *words], capture_output=True, text=True, env=env)
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("MEASURED"))
+    estimate, measured = map(int, line.split()[1:])
+    print(f"estimate {estimate / 1e6:.0f} MB, measured {measured / 1e6:.0f} MB")
+    assert 0.6 < estimate / measured < 1.7, (estimate, measured)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ipc", [1, 10])
+def test_the_default_run_beats_random_real_images(script, tmp_path, ipc):
+    """`python frepo.py --ipc 10` as a user runs it: the claim of the README's digits table, there for three seeds."""
+    command = [sys.executable, script.__file__, "--out-dir", str(tmp_path), "--ipc", str(ipc)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPO)
+    assert done.returncode == 0, done.stderr
+    r = json.loads((only_run(tmp_path) / "result.json").read_text())
+    real, ours = (r["eval"][row]["conv"] for row in ("random_real", "distilled"))
+    assert ours["mean"] - real["mean"] > real["std"] + ours["std"]
+    loss = [value for _, value in common.run.load_checkpoint(only_run(tmp_path) / "checkpoint.pt")["history"]]
+    assert np.mean(loss[-5:]) < 0.9 * np.mean(loss[:5])  # of networks of different ages
+
+
 def test_images_held_out_are_seen_by_nothing_but_the_curve(script, tmp_path, monkeypatch):
     seen, evaluate = [], script.evaluate_students
     monkeypatch.setattr(script, "evaluate_students", lambda *args: seen.append(args) or evaluate(*args))
