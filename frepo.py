@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 import kernels
 from common.artefact import Distilled, load_distilled, save_distilled
-from common.augment import dsa_strategy
+from common.augment import dsa_strategy, upload
 from common.data import Data, Inputs, denormalise, describe, fit_zca, hold_out, load, zca_stride
 from common.models import FRePoConvNet, convnet_depth, features_chunked, frepo_student
 from common.run import (
@@ -347,7 +347,7 @@ class Pool:
         """One step of the inner objective: half squared error, train-mode BatchNorm, nothing augmented or mirrored."""
         if len(x_s) > self.args.online_batch:
             generator = rng("online batch", self.args.seed, slot, self.births[slot], self.ages[slot])
-            index = torch.randperm(len(x_s), generator=generator)[: self.args.online_batch].to(x_s.device)
+            index = upload(torch.randperm(len(x_s), generator=generator)[: self.args.online_batch], x_s.device)
             x_s, y_s = x_s[index], y_s[index]
         net, optimizer = self.nets[slot].train(), self.optimizers[slot]
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.precision == "bf16"):
@@ -600,7 +600,7 @@ def main(args: Args) -> dict:
         # eval mode: BatchNorm uses statistics gathered from the distilled images; the weights get no gradient
         features = pool.nets[slot].frozen()
         index = batch_index(step, len(train), args.batch_real, args.seed)
-        x_t, y_t = train(index), y_train[index.to(device)]  # (n_t, C, H, W), (n_t, C)
+        x_t, y_t = train(index), y_train[upload(index, device)]  # (n_t, C, H, W), (n_t, C)
         x_all, y_all = doubled(x_s, y_s) if flip else (x_s, y_s)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
             with torch.no_grad():

@@ -827,6 +827,20 @@ def test_the_triton_backend_runs_the_same_method(script, tmp_path):
     torch.testing.assert_close(ours.y, theirs.y, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_run_on_the_gpu_is_the_run_on_the_cpu(script, tmp_path):
+    """Three steps with whitening, mirrored images and chunks: the same images up to float32 convolutions' rounding."""
+    folder = colour_folder(tmp_path / "set")
+    changes = dict(
+        data=str(folder), data_dir=str(tmp_path / "data"), steps=3, flip="on", chunk=3, eval_runs=1, **COLOUR
+    )
+    for device in ("cpu", "cuda"):
+        script.main(tiny(script, tmp_path / device, **changes | {"device": device}))
+    a, b = (load_distilled(only_run(tmp_path / d) / "distilled.safetensors").inputs() for d in ("cpu", "cuda"))
+    assert (a - b).norm() < 1e-3 * a.norm()  # three steps of a hundredth each, by convolutions in TF32
+
+
 def test_a_renamed_copy_runs_and_names_its_own_runs(script, tmp_path):
     shutil.copy(script.__file__, tmp_path / "my_idea.py")
     command = [sys.executable, str(tmp_path / "my_idea.py"), *flags(**TINY, out_dir=tmp_path / "runs")]
