@@ -39,6 +39,7 @@ from common.run import (
     write_json,
 )  # fmt: skip
 from common.students import (
+    BLOCK,
     STEPS,
     STEPS_ISA,
     Recipe,
@@ -108,7 +109,7 @@ class Args:
     steps: int | None = None
     """outer steps; None: from the preset"""
     batch_real: int | None = None
-    """real images per outer step (published: 1024); None: from the preset"""
+    """real images per outer step (published: 1024), at most all; None: from the preset"""
     lr_img: float | None = None
     """the images' learning rate; a step of LAMB moves all of them together by lr_img times their norm (published 3e-4);
     None: from the preset"""
@@ -151,7 +152,7 @@ class Args:
     lr_net: float = 3e-4
     """Adam's learning rate of the pool"""
     online_batch: int = 1000
-    """distilled images of a training step of the pool: all, or this many drawn"""
+    """distilled images of a training step of the pool: all up to this many, else so many drawn"""
 
     # the evaluation
     eval_runs: int = 5
@@ -159,25 +160,25 @@ class Args:
     eval_every: int = 0
     """outer steps between evaluations of the distilled set, as a curve that says when it is flat; 0: only at the end"""
     select: Literal["last", "best"] = "last"
-    """the set to keep: of the last step, or of the best point of the curve (with --holdout; without, the test images
-    choose, as published)"""
+    """the set to keep: of the last step, or of the best point of the curve, the last step included (take --holdout:
+    without, the test images choose, as published)"""
     eval_models: tuple[str, ...] = ("conv",)
     """students' architectures: conv, dcconv, kipconv, frepo_alexnet, frepo_vgg11, resnet18, resnet18_bn"""
-    eval_steps: int | None = None
-    """updates of a student; 0: from --eval-table; None: from the preset"""
+    eval_steps: int = 0
+    """updates of a student; 0: as published for the number of images, see --eval-table"""
     eval_table: Literal["frepo", "isa"] = "frepo"
-    """whose published number of updates for a number of images"""
+    """whose published numbers, where --eval-steps is 0"""
     eval_batch: int = 500
     """images of an update"""
-    eval_lr: float | None = None
-    """Adam's learning rate of a student (published 3e-4); None: from the preset"""
+    eval_lr: float = 3e-4
+    """Adam's learning rate of a student"""
     eval_loss: Literal["mse", "xent", "softxent"] = "mse"
     """half squared error on the labels, or cross-entropy with their argmax or with softmax(y / --eval-temperature)"""
     eval_temperature: float = 1.0
     """of softxent"""
     eval_dsa: str | None = None
-    """augmentation of a student's batches, one of these operations a batch, or none; None: as published, all of
-    --eval-dsa-strengths, without flip where a mirrored image is another thing"""
+    """augmentation of a student: operations joined by _, of which each batch gets one, or none; None: as published, all
+    of --eval-dsa-strengths, without flip for grey images and where a mirrored image is another thing"""
     eval_dsa_strengths: Literal["frepo", "dc"] = "frepo"
     """whose strengths: FRePo's, or DSA's, which has scale in place of translate"""
     eval_dsa_shared: bool = False
@@ -196,19 +197,17 @@ PUBLISHED = dict(  # at 28 and 32 px; folders take it too
     lr_label=3e-4,
     widths=(128, 256, 512),
     max_age=100,
-    eval_steps=0,
-    eval_lr=3e-4,
 )
+# FRePo's departure 8: four and five blocks are second-hand
 SIZE_64 = PUBLISHED | dict(widths=(128, 256, 512, 1024))
 SIZE_128 = PUBLISHED | dict(widths=(128, 256, 512, 1024, 2048))
-DIGITS = PUBLISHED | dict(
+DIGITS = PUBLISHED | dict(  # FRePo's departure 10
     save_every=100,
     steps=500,
     batch_real=512,
     lr_img=1e-2,
     lr_label=1e-2,
     widths=(32, 64),
-    eval_steps=1000,
 )
 PRESETS = {
     "digits": DIGITS,
@@ -252,6 +251,7 @@ def flip_doubling(choice: str, name: str, ipc: int, n_s: int, dim: int, mirror: 
     """
     if choice != "auto":
         return choice == "on"
+    # FRePo's departure 4: the rule; the published code knows the numbers of the table alone
     return mirror and FLIP.get((name, ipc), FLIP.get(name, 2 * n_s <= dim / 8))
 
 
@@ -278,6 +278,7 @@ def krr_residual(
     f_t: (n_t, d), f_s: (n_s, d) the networks' features, y_t: (n_t, C), y_s: (n_s, C). The trace has its gradient.
     """
     lam = ridge * f_s.square().sum() / len(f_s)
+    # FRePo's departure 3: float64 where that is cheap, and the primal system for more images than features
     return kernels.krr_predict(f_t, f_s, y_s, lam, precision=precision, backend=backend) - y_t
 
 
@@ -297,15 +298,17 @@ def hardest(residual: Tensor, topk: float) -> Tensor:
 
 
 def isa_loss(residual: Tensor, kept: Tensor, partner: Tensor, epsilon: float, class_norm: str) -> Tensor:
-    """Mean over the kept samples of 1 / epsilon times the integral of r(t)^2 over t in 0 .. epsilon.
+    """Mean over the kept samples and the classes of r(t)^2, averaged over t in 0 .. epsilon.
 
     residual: (n_t, C), kept: (M,) of its rows, partner: (M,) of the kept ones. Features and targets move along the line
-    f_i + t (f_i - f_j), and the prediction is linear: r(t) = a + t (a - v) with a = R_i, v = R_j. epsilon < 0: towards.
+    f_i + t (f_i - f_j), and the prediction is linear: r(t) = a + t (a - v) with a = R_i, v = R_j. epsilon < 0: towards
+    the neighbour; 0: the samples themselves. class_norm "half_sum": C / 2 times as much.
     """
     a = residual[kept]  # (M, C)
     v = a[partner]
     k_0, k_1, k_2 = 1 + epsilon + epsilon**2 / 3, -(epsilon + 2 * epsilon**2 / 3), epsilon**2 / 3
     integral = k_0 * a.square() + k_1 * a * v + k_2 * v.square()
+    # ISA's departure 2: the mean, as published, is 2 / C of FRePo's weight beside the label margin
     return integral.mean() if class_norm == "mean" else 0.5 * integral.sum(1).mean()
 
 
@@ -347,11 +350,12 @@ class Lamb(torch.optim.Optimizer):
 
 @lru_cache(maxsize=2)
 def epoch_order(n: int, seed: int, epoch: int) -> Tensor:
+    """The order of n images in an epoch. (n,)"""
     return torch.randperm(n, generator=rng("batch", seed, epoch))
 
 
 def batch_index(step: int, n: int, batch: int, seed: int) -> Tensor:
-    """Indices of the step-th real batch: shuffled epochs end to end, so that every batch is full. (min(batch, n),)"""
+    """Indices of the step-th real batch: shuffled epochs end to end, all batches full, at most all. (min(batch, n),)"""
     size = min(batch, n)
     places = torch.arange(step * size, (step + 1) * size)
     epochs = range(int(places[0]) // n, int(places[-1]) // n + 1)
@@ -384,9 +388,9 @@ class Pool:
             x_s, y_s = x_s[index], y_s[index]
         net, optimizer = self.nets[slot].train(), self.optimizers[slot]
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.precision == "bf16"):
-            prediction = net(x_s)
+            f_s = net.features(x_s)
         optimizer.zero_grad()
-        (0.5 * (prediction.float() - y_s).square().sum(1).mean()).backward()
+        (0.5 * (net.head(f_s.float()) - y_s).square().sum(1).mean()).backward()
         optimizer.step()
         self.ages[slot] += 1
 
@@ -394,7 +398,7 @@ class Pool:
         """Spread the ages: network i has i / pool of a life behind it."""
         for slot in tqdm(range(self.args.pool), desc="start of the pool", leave=False):
             age = self.args.max_age // self.args.pool * slot
-            if self.args.pool_ages == "counter":  # departure 1: the released code spreads the counters alone
+            if self.args.pool_ages == "counter":  # FRePo's departure 1: the released code spreads the counters alone
                 self.ages[slot] = age
             else:
                 for _ in range(age):
@@ -418,33 +422,45 @@ class Pool:
         self.ages, self.births = state["ages"], state["births"]
 
 
-def memory_needs(make_net, data: Data, n_s: int, zca: bool, args: Args) -> tuple[int, dict[str, dict[str, int]]]:
-    """Bytes of one distilled image in the outer step, and {phase: {flag: bytes}} of all the rest: see check_memory.
+def memory_needs(
+    make_net, data: Data, held: Data | None, n_all: int, zca: bool, args: Args
+) -> tuple[int, int, dict[str, dict[str, int]]]:
+    """Bytes of one distilled image in the outer step, of the whitened images kept, and {phase: {flag: bytes}} of all
+    but the first: see check_memory.
 
-    n_s: distilled images with their mirror images, if those count.
+    held: the set of --holdout; n_all: distilled images with their mirror images, if those count.
     """
     dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
     with torch.device("meta"):  # shapes alone
         net, x = make_net().to(dtype), torch.zeros(2, data.channels, data.size, data.size, dtype=dtype)
-    train, outer = bytes_per_image(net, x), bytes_per_image(net.frozen(), x.clone().requires_grad_())
-    train = int(1.5 * train)  # and the gradients of the largest maps
-    n_t, d = args.batch_real, net.dim
-    width, ridge = 4 if args.ridge_precision == "fp32" else 8, min(n_s, d)
-    held = {
+        outer = bytes_per_image(net.frozen(), x.clone().requires_grad_())
+        train = int(1.5 * bytes_per_image(net, x))  # and the gradients of the largest maps
+        students = [frepo_student(m, data.channels, data.size, data.num_classes, args.widths) for m in args.eval_models]
+        student = int(1.5 * max(bytes_per_image(each, x.float()) for each in students))
+    n_s, n_t, d = args.ipc * data.num_classes, min(args.batch_real, len(data.x_train)), net.dim
+    width, ridge = 4 if args.ridge_precision == "fp32" else 8, min(n_all, d)
+    always = {
         "libraries": 200_000_000,  # that are loaded on the way
         "--pool or --widths": args.pool * 4 * 4 * sum(p.numel() for p in net.parameters()),  # and gradients, moments
     }
+    kept = 0
     if zca:
-        image, kept = 4 * x[0].numel(), 4 * x[0].numel() * (len(data.x_train) + len(data.x_test))
-        held["--size"] = 2 * image**2 // 4  # the whitening and its inverse
-        held["--cache-gb"] = kept if kept <= args.cache_gb * 1e9 else 0
+        matrix = 4 * (x[0].numel() // zca_stride(data.size) ** 2) ** 2
+        always["--size"] = 2 * matrix  # the whitening and its inverse
+        for images in [data.x_train, data.x_test] + ([held.x_test] if held else []):  # as they are kept below
+            kept += 4 * images.numel() if kept + 4 * images.numel() <= args.cache_gb * 1e9 else 0
+        always["--cache-gb"] = kept
+    kernel = width * (3 * n_all * d + 2 * ridge**2)  # features, their gradient, the Gram matrix, its factor
     step = {
         "--batch-real": n_t * (int(0.6 * outer) + 2 * width * d),  # of its maps two at a time, features in two types
-        "--ipc": width * (3 * n_s * d + 2 * ridge**2),  # features, their gradient, the Gram matrix, its factor
+        "--ipc": kernel,
     }
+    n_b = min(len(data.x_train) if args.full_row else n_s, args.eval_batch)
+    score = {"--eval-batch or --eval-models": max(n_b, BLOCK) * student, "--ipc": kernel}
     phases = {"outer step": step, "training of the pool": {"--ipc": min(n_s, args.online_batch) * train}}
-    phases["evaluation"] = {"--eval-batch": min(n_s, args.eval_batch) * train}
-    return outer, {phase: held | parts for phase, parts in phases.items()}
+    if zca:  # float64 on the host: moments, covariance, vectors and what the decomposition takes
+        phases["whitening"] = {"--size": 10 * matrix} if args.device == "cpu" else {}
+    return outer, kept, {phase: always | parts for phase, parts in (phases | {"evaluation": score}).items()}
 
 
 def main(args: Args) -> dict:
@@ -454,7 +470,7 @@ def main(args: Args) -> dict:
         args.data,
         data_dir=args.data_dir,
         size=args.size or SIZES.get(args.data),
-        resize=args.resize,
+        resize=args.resize,  # FRePo's departure 7
         channels=args.channels,
         test_fraction=args.test_fraction,
         seed=args.split_seed,
@@ -463,7 +479,7 @@ def main(args: Args) -> dict:
     )
     check_limits(args, {(0, 0.9): "holdout"})
     data, curve_data = hold_out(data, args.holdout, args.split_seed) if args.holdout else (data, data)
-    named = data.native or (args.size is None and args.data in SIZES)
+    named = args.size in (None, SIZES[args.data]) if args.data in SIZES else data.native
     preset = preset_name(PRESETS, args.preset, data.name, named, data.size)
     args = fill(args, PRESETS[preset])
     check_limits(args, LIMITS)
@@ -472,17 +488,20 @@ def main(args: Args) -> dict:
     classes, smallest = data.num_classes, int(data.y_train.bincount().min())
     if not 1 <= args.ipc <= smallest:
         raise UserError(f"--ipc {args.ipc}: must be 1 to {smallest}, the training images of the smallest class")
-    if args.topk and int(abs(args.topk) * min(args.batch_real, len(data.x_train))) < 2:
+    if int((abs(args.topk) or 1) * min(args.batch_real, len(data.x_train))) < 2:
         raise UserError(f"--topk {args.topk}: keeps fewer than two of a batch; raise it or --batch-real")
     if len(args.widths) != convnet_depth(data.size):
-        raise UserError(f"--widths {args.widths}: {data.size} px images take {convnet_depth(data.size)} blocks")
+        blocks = convnet_depth(data.size)
+        raise UserError(f"--widths {args.widths} (preset {preset}): {data.size} px images take {blocks} blocks")
     if args.select == "best" and not args.eval_every:
         raise UserError("--select best: chooses a point of the curve; give --eval-every, and --holdout 0.1")
+    if not args.eval_models:
+        raise UserError("--eval-models: give at least one, for instance conv")
     for model in args.eval_models:  # what is wrong with one is said now
         with torch.device("meta"):
             frepo_student(model, data.channels, data.size, classes, args.widths)
     strategy = STRATEGIES[args.eval_dsa_strengths] if args.eval_dsa is None else args.eval_dsa
-    if args.eval_dsa is None and not data.flip:
+    if args.eval_dsa is None and not (data.flip and data.channels > 1):
         strategy = strategy.replace("flip_", "")
     dsa_strategy(strategy, args.eval_dsa_strengths)
     print(f"data: {describe(data)}; preset {preset}")
@@ -498,7 +517,7 @@ def main(args: Args) -> dict:
     whitened = args.zca and data.channels > 1
     if whitened:
         zca_stride(data.size)  # refuses a size now
-    image, phases = memory_needs(make_net, data, n_all, whitened, args)
+    image, kept, phases = memory_needs(make_net, data, curve_data if args.holdout else None, n_all, whitened, args)
     if args.chunk is None:
         args = replace(args, chunk=fit_chunk(n_all, image, sum(phases["outer step"].values()), device))
     phases["outer step"]["--chunk"] = min(args.chunk, n_all) * image
@@ -513,16 +532,22 @@ def main(args: Args) -> dict:
     args = run.args
     mean, std = data.mean.to(device), data.std.to(device)
     zca = fit_zca(data, args.data_dir, args.zca_reg).to(device) if whitened else None
-    train = Inputs(data.x_train, mean, std, zca, device, args.cache_gb, need)  # index (B,) -> (B, C, H, W)
-    test = Inputs(data.x_test, mean, std, zca, device, args.cache_gb, need)
-    held = Inputs(curve_data.x_test, mean, std, zca, device, args.cache_gb, need) if args.holdout else test
-    run.check_same("images after normalising and whitening", train(torch.arange(8)).cpu())
+    # each set of images whitened once if it fits what the ones before left of --cache-gb; index (B,) -> (B, C, H, W)
+    room = partial(Inputs, mean=mean, std=std, zca=zca, device=device, spare=need - kept)
+    train = room(data.x_train, gigabytes=args.cache_gb)
+    test = room(data.x_test, gigabytes=args.cache_gb - train.gigabytes)
+    held = test
+    if args.holdout:
+        held = room(curve_data.x_test, gigabytes=args.cache_gb - train.gigabytes - test.gigabytes)
+    checked = train(torch.arange(min(8, len(train)))).cpu()
+    run.check_same("images after normalising and whitening", checked)
     y_train = centred(data.y_train, classes).to(device)  # (N, C)
+    # ISA's departure 1: away from the neighbour, as the published code, though its words say interpolation
     epsilon = args.epsilon if args.direction == "away" else -args.epsilon
     of_mean = 0.5 * (1 - 1 / classes)  # loss of predicting the mean
 
     # distilled set
-    index = per_class(data.y_train, args.ipc, "initial images", args.seed)
+    index = per_class(data.y_train, args.ipc, "initial images", args.seed)  # FRePo's departure 6
     x_s = train(index).clone()  # (n_s, C, H, W), class after class
     y_s = start_labels(data.y_train[index], classes).to(device)  # (n_s, C)
     learned = [x_s, y_s] if args.learn_label else [x_s]
@@ -548,7 +573,6 @@ def main(args: Args) -> dict:
 
     def checkpoint(step: int) -> None:
         states = dict(optimizer=optimizer.state_dict(), schedule=schedule.state_dict(), pool=pool.state_dict())
-        checked = train(torch.arange(8)).cpu()
         run.save(step, checked=checked, x_s=x_s.detach(), y_s=y_s.detach(), curve=curve, **states)
 
     recipe = Recipe(
@@ -567,12 +591,13 @@ def main(args: Args) -> dict:
     )
     rows = ("random_real", "distilled") + (("all_real",) if args.full_row else ())
     seconds = partial(predict_seconds, data, n_s, classes, args.widths, device, recipe)
-    seconds_all = seconds(args.eval_models, len(rows))
-    seconds_curve = seconds(args.eval_models[:1], 1) if args.eval_every else 0.0
+    seconds_all = seconds(args.eval_models, rows)
+    seconds_curve = seconds(args.eval_models[:1], ("distilled",)) if args.eval_every else 0.0
 
     def seconds_later(done: int) -> float:
         """Of the evaluations that are still to come after `done` steps."""
         points = (args.steps - 1) // args.eval_every - done // args.eval_every if args.eval_every else 0
+        points += args.select == "best"
         return seconds_all + points * seconds_curve
 
     def pixels() -> Tensor:
@@ -597,21 +622,29 @@ def main(args: Args) -> dict:
             seed=args.seed,
             recipe=asdict(recipe),
             zca=zca,
-            extra=dict(ipc=args.ipc),
+            extra=dict(
+                ipc=args.ipc,
+                flip=flip,
+                widths=args.widths,
+                eval_models=args.eval_models,
+                topk=args.topk,
+                epsilon=epsilon,
+                class_norm=args.class_norm,
+            ),
         )
         return load_distilled(run.file(name), run.name)
 
     def on_curve(step: int) -> bool:
         return args.eval_every > 0 and step % args.eval_every == 0 and step < args.steps
 
-    def evaluate(distilled: Distilled, data: Data, test: Inputs, models, rows) -> dict[str, dict[str, dict]]:
+    def evaluate(distilled: Distilled, scored: Data, inputs: Inputs, models, rows) -> dict[str, dict[str, dict]]:
         return evaluate_students(
-            distilled, data, train, test, partial(start_labels, classes=classes), args.widths, device, recipe,
+            distilled, scored, train, inputs, partial(start_labels, classes=classes), args.widths, device, recipe,
             args.seed, models, rows, run.file("evaluation.json"),
         )  # fmt: skip
 
     def curve_point(step: int) -> None:
-        """Score the set as it is, and add it to the curve."""
+        """Score the set as it is, by the table's schedule (FRePo's departure 5), and add it to the curve."""
         with run.aside():
             scores = evaluate(save(step), curve_data, held, args.eval_models[:1], ("distilled",))["distilled"]
         add_to_curve(step, scores)
@@ -632,7 +665,7 @@ def main(args: Args) -> dict:
     elif on_curve(run.start) and run.start not in [point["step"] for point in curve]:  # stopped in this evaluation
         curve_point(run.start)
     for step in run.steps(args.steps, seconds_later):
-        slot = int(torch.randint(args.pool, (), generator=rng("slot", args.seed, step)))
+        slot = int(torch.randint(args.pool, (), generator=rng("slot", args.seed, step)))  # FRePo's departure 6
         # eval mode: BatchNorm uses statistics gathered from the distilled images; the weights get no gradient
         features = pool.nets[slot].frozen()
         index = batch_index(step, len(train), args.batch_real, args.seed)
@@ -645,7 +678,7 @@ def main(args: Args) -> dict:
         f_t, f_s = f_t.float(), f_s.float()  # (n_t, d), (n_s or 2 n_s, d)
         residual = krr_residual(f_t, y_t, f_s, y_all, args.ridge, args.ridge_precision, args.backend)  # (n_t, C)
         kept = hardest(residual.detach(), args.topk)
-        partner = kernels.nearest(f_t[kept], backend=args.backend)  # among the kept, of any class
+        partner = kernels.nearest(f_t[kept], backend=args.backend)  # among the kept, of any class; ISA's departure 5
         kernel, margin = isa_loss(residual, kept, partner, epsilon, args.class_norm), label_margin(y_s)
         for tensor, gradient in zip(learned, torch.autograd.grad(kernel + margin, learned), strict=True):
             tensor.grad = gradient
@@ -673,7 +706,7 @@ def main(args: Args) -> dict:
 
     # evaluation
     distilled = save(args.steps)
-    if args.select == "best":
+    if args.select == "best":  # FRePo's departure 2: the last step is the default
         if args.steps not in [point["step"] for point in curve]:
             curve_point(args.steps)
         shutil.copy(run.file("best.safetensors"), run.file("distilled.safetensors"))
@@ -689,8 +722,10 @@ def main(args: Args) -> dict:
     print(table(scores, caption))
     write_json(run.file("curve.json"), curve)
     random_real = 1 - scores["random_real"][args.eval_models[0]]["mean"]
-    points = {"distilled: error of students": [(point["step"], point["error"]["mean"]) for point in curve]}
-    points["random real: error of students"] = [(0, random_real), (args.steps, random_real)]
+    points = {"random real: error of students, test": [(0, random_real), (args.steps, random_real)]}
+    if curve:
+        name = f"distilled: error of students, {'held out' if args.holdout else 'test'}"
+        points[name] = [(point["step"], point["error"]["mean"]) for point in curve]
     run.plot(points, f"{data.name}, {args.ipc} a class: error; loss relative to predicting the mean")
     return run.finish(
         data=data.name,

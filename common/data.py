@@ -274,6 +274,8 @@ def fit_zca(data: Data, data_dir: str | Path, reg: float = 0.1) -> Zca:
     start = time.perf_counter()
     mean, covariance = _moments(data, stride)
     covariance.diagonal().add_(reg * covariance.trace() / dim)
+    if dim > 5000:
+        print(f"data: whitening of {dim} dimensions, fitted once: this takes minutes", flush=True)
     s, u = torch.linalg.eigh(covariance)  # ascending
     beyond = max(0, dim - len(data.x_train))  # FRePo's guard: the number of images, also where each gives many phases
     if not s[beyond] > 1e-12 * s[-1]:
@@ -300,6 +302,8 @@ def fit_zca(data: Data, data_dir: str | Path, reg: float = 0.1) -> Zca:
 
 def _moments(data: Data, stride: int) -> tuple[Tensor, Tensor]:
     """float64 mean (C, H, W) of the normalised training images, and covariance (D, D), averaged over the phases.
+
+    FRePo's departure 7: the release has float32.
 
     Sums of integers, and so the same however the images are divided: products of pixels - 128 are at most 2^14, and
     1024 of them are exact in float32, which is twice as fast as float64. The sums of these are exact in float64.
@@ -341,7 +345,7 @@ class Inputs:
         self.device, self.mean, self.std = device, mean.to(device), std.to(device)
         self.zca = None if zca is None else zca.to(device)
         self.block = 64 if device.type == "cpu" else 256  # images; a GPU wants more, its bits are not promised
-        self.pixels, self.kept = x, None
+        self.pixels, self.kept, self.gigabytes = x, None, 0.0  # gigabytes: of whitened images that are kept
         room = gigabytes * 1e9
         if device.type == "cuda":
             room = min(room, torch.cuda.mem_get_info(device)[0] - spare)
@@ -351,7 +355,7 @@ class Inputs:
         kept = torch.empty(x.shape, device=device)
         for index in tqdm(torch.arange(len(x)).split(self.block), desc="whitening", leave=False, disable=None):
             kept[index[0] : index[-1] + 1] = self(index)
-        self.kept = kept
+        self.kept, self.gigabytes = kept, kept.nbytes / 1e9
 
     def __len__(self) -> int:
         return len(self.pixels)

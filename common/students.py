@@ -8,6 +8,7 @@ Rows: random real images, as many of each class, drawn anew for every student, l
 distilled; and on request all real images for as many updates. The r-th students of all rows start from equal weights.
 """
 
+import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -21,16 +22,16 @@ from tqdm import tqdm
 
 import kernels
 from common.artefact import Distilled
-from common.augment import dsa
+from common.augment import dsa, upload
 from common.data import Data, Inputs
-from common.evaluate import Scored, accuracy, seconds_of, summarise
+from common.evaluate import Scored, seconds_of, summarise
 from common.models import frepo_student
 from common.run import UserError, rng, seeded
 
 # updates of a student by the number of images, as published; ISA's script differs in three places
 STEPS = {10: 1000, 100: 2000, 200: 20_000, 400: 5000, 500: 5000, 1000: 10_000, 2000: 40_000, 5000: 40_000}
 STEPS_ISA = STEPS | {200: 2000, 1000: 4000, 2000: 5000}
-KEPT = 256  # images of a forward pass while scoring
+BLOCK = 256  # images of a forward pass while scoring
 
 
 @dataclass
@@ -45,7 +46,7 @@ class Recipe:
     lr_end: float = 0.01  # of it, as a fraction of lr
     loss: str = "mse"  # to the labels as they are; xent: to their argmax; softxent: to softmax(y / temperature)
     temperature: float = 1.0
-    dsa: str = "color_crop_rotate_translate_cutout"
+    dsa: str = "none"  # strategy and strengths of common.augment.dsa
     strengths: str = "frepo"
     shared: bool = False  # the augmentation's parameters: one for a batch, or one for an image
     shuffle: bool = True  # False: the images in the order of the file, class after class
@@ -54,12 +55,12 @@ class Recipe:
 
 
 def student_steps(n: int, table: dict[int, int]) -> int:
-    """Updates for n images: the table's, or its value for the nearest number (by ratio)."""
+    """Updates for n images: the table's, or its value for the nearest number by ratio (FRePo's departure 4)."""
     return table[min(table, key=lambda known: abs(math.log(known / n)))]
 
 
 def student_lr(step: int, recipe: Recipe) -> float:
-    """Linear warm-up from 0, then a cosine to lr_end * lr at the last update (FRePo's evaluation script)."""
+    """Linear warm-up from 0, then a cosine; it would be at lr_end * lr one update after the last (FRePo's script)."""
     warm_up = min(recipe.warm_up, recipe.steps // 2)
     if step < warm_up:
         return recipe.lr * step / warm_up
@@ -76,6 +77,7 @@ def student_loss(scores: Tensor, y: Tensor, loss: str, temperature: float) -> Te
 
 @lru_cache(maxsize=2)
 def epoch_order(n: int, *key) -> Tensor:
+    """The order of n images in an epoch. (n,)"""
     return torch.randperm(n, generator=rng("student order", *key))
 
 
@@ -83,7 +85,7 @@ def stream_index(step: int, n: int, batch: int, shuffle: bool, *key) -> Tensor:
     """Places of the step-th batch in an endless stream of epochs, each shuffled anew or in order: (min(n, batch),)."""
     size = min(n, batch)
     places = torch.arange(step * size, (step + 1) * size)
-    if not shuffle:
+    if not shuffle:  # as published; FRePo's departure 5 is to shuffle
         return places % n
     epochs = range(int(places[0]) // n, int(places[-1]) // n + 1)
     return torch.cat([epoch_order(n, *key, epoch)[(places % n)[places // n == epoch]] for epoch in epochs])
@@ -92,8 +94,8 @@ def stream_index(step: int, n: int, batch: int, shuffle: bool, *key) -> Tensor:
 def fit_student(net: nn.Module, images: Callable[[Tensor], Tensor], y: Tensor, recipe: Recipe, *key) -> None:
     """Train net on n labelled images, in place: Adam, the schedule of `student_lr`, DSA on every batch.
 
-    images: places (B,) -> network inputs (B, C, H, W) on y's device; y: (n, C) scores; key: of the order and the
-    augmentation. The net stays in train mode. Raises UserError if the last loss is not finite.
+    images: places (B,) -> network inputs (B, C, H, W) float32 on y's device; y: (n, C) scores; key: of the order and
+    the augmentation. The net stays in train mode. Raises UserError if the last loss is not finite.
     """
     net.train()
     optimizer = torch.optim.Adam(net.parameters(), lr=recipe.lr, foreach=True)
@@ -101,7 +103,7 @@ def fit_student(net: nn.Module, images: Callable[[Tensor], Tensor], y: Tensor, r
     for step in range(recipe.steps):
         index = stream_index(step, len(y), recipe.batch, recipe.shuffle, *key)
         x = dsa(images(index), generator, recipe.dsa, recipe.strengths, recipe.shared)
-        loss = student_loss(net(x), y[index.to(y.device)], recipe.loss, recipe.temperature)
+        loss = student_loss(net(x), y[upload(index, y.device)], recipe.loss, recipe.temperature)
         optimizer.param_groups[0]["lr"] = student_lr(step, recipe)
         optimizer.zero_grad()
         loss.backward()
@@ -113,13 +115,16 @@ def fit_student(net: nn.Module, images: Callable[[Tensor], Tensor], y: Tensor, r
 @torch.no_grad()
 def features_of(net: nn.Module, images: Callable[[Tensor], Tensor], n: int) -> Tensor:
     """net.features of images 0 .. n - 1, (n, d)."""
-    return torch.cat([net.features(images(index)) for index in torch.arange(n).split(KEPT)])
+    return torch.cat([net.features(images(index)) for index in torch.arange(n).split(BLOCK)])
 
 
-def krr_accuracy(f_test: Tensor, y_test: Tensor, f_s: Tensor, y_s: Tensor, ridge: float) -> float:
-    """Test accuracy of kernel ridge regression from (f_s, y_s), lam as in the outer loop: ridge * trace(K_ss) / n_s."""
-    lam = ridge * f_s.square().sum() / len(f_s)
-    return accuracy(kernels.krr_predict(f_test, f_s, y_s, lam), y_test)
+def krr_head(f_s: Tensor, y_s: Tensor, ridge: float) -> Tensor:
+    """The head of kernel ridge regression from (f_s, y_s), lam as in the outer loop: ridge * trace(K_ss) / n_s. (d, C)
+
+    f_s: (n_s, d), y_s: (n_s, C); in float64 where the device has it.
+    """
+    f_s, y_s = (x if x.device.type == "mps" else x.double() for x in (f_s, y_s))
+    return kernels.ridge_fit(f_s, y_s, ridge * f_s.square().sum() / len(f_s))
 
 
 def per_class(y: Tensor, ipc: int, *key) -> Tensor:
@@ -145,18 +150,22 @@ def evaluate_students(
     """{row: {model or "krr": {"values": one a student, "mean", "std"}}}; std is the sample's, over the students.
 
     train, test: the network inputs of data.x_train and data.x_test. labels: class numbers (n,) -> scores (n, C) of real
-    images. widths: of the student (models.frepo_student). keep: a JSON file of the students scored so far, read only if
-    it was made from the same set by the same recipe. Raises kernels.FailedFactorization if the ridge of krr failed.
+    images. widths: of the student (models.frepo_student). seed: of students and random images. models, rows: see above,
+    the first model is krr's. keep: a JSON file of the students scored so far, read only if
+    it was made from the same set by the same recipe and on the same test images. Raises kernels.FailedFactorization if
+    the ridge of krr failed.
     """
-    classes, n_s = distilled.y.shape[1], len(distilled.x)
-    scored = Scored(keep, distilled, data, recipe, seed)
+    classes = distilled.y.shape[1]
+    tested = hashlib.sha256(data.x_test.contiguous().numpy()).hexdigest()  # the parts of hold_out share their content
+    x_s, y_s = distilled.inputs().to(device), distilled.y.to(device)
+    scored = Scored(keep, distilled, replace(data, content=f"{data.content} {tested}"), recipe, seed)
     bar = tqdm(total=len(rows) * len(models) * recipe.runs, desc="students", leave=False, mininterval=1)
     for row in rows:
         for model in models:
             for run in range(recipe.runs):
                 bar.set_postfix_str(f"{row} {model}")
                 if not scored.has(f"{row} {model}", run):
-                    images, y = images_of(row, distilled, data, train, labels, n_s // classes, device, seed, run)
+                    images, y = images_of(row, x_s, y_s, data, train, labels, seed, run)
                     with seeded("student", model, seed, run):  # the run-th student of every row starts alike
                         net = frepo_student(model, data.channels, data.size, classes, widths).to(device)
                     fit_student(net, images, y, recipe, seed, run)
@@ -175,16 +184,19 @@ def evaluate_students(
 
 
 def images_of(
-    row: str, distilled: Distilled, data: Data, train: Inputs, labels, ipc: int, device, seed: int, run: int
+    row: str, x_s: Tensor, y_s: Tensor, data: Data, train: Inputs, labels, seed: int, run: int
 ) -> tuple[Callable[[Tensor], Tensor], Tensor]:
-    """(places -> network inputs, labels (n, C)) that the run-th student of a row is trained on."""
+    """(places -> network inputs, labels (n, C)) that the run-th student of a row is trained on.
+
+    x_s: (n_s, C, H, W) network inputs of the distilled set, y_s: (n_s, classes).
+    """
+    device = y_s.device
     if row == "distilled":
-        x = distilled.inputs().to(device)
-        return lambda index: x[index.to(device)], distilled.y.to(device)
+        return lambda index: x_s[upload(index, device)], y_s
     if row == "random_real":
-        real = per_class(data.y_train, ipc, "random real", seed, run)
+        real = per_class(data.y_train, len(y_s) // y_s.shape[1], "random real", seed, run)
         x = train(real)
-        return lambda index: x[index.to(device)], labels(data.y_train[real]).to(device)
+        return lambda index: x[upload(index, device)], labels(data.y_train[real]).to(device)
     return train, labels(data.y_train).to(device)
 
 
@@ -192,34 +204,44 @@ def images_of(
 def score_student(
     net: nn.Module, images, y: Tensor, test: Inputs, y_test: Tensor, recipe: Recipe, krr: bool
 ) -> dict[str, float]:
-    """Accuracy of a trained student, and of the ridge regression on its features from the images it was trained on."""
+    """Accuracy of a trained student, and of the ridge regression on its features from the images it was trained on.
+
+    The test images pass in blocks: of a large set the features would not fit.
+    """
     net.eval()
-    f_test = features_of(net, test, len(test))  # (N, d)
-    scores = {"accuracy": accuracy(net.head(f_test), y_test)}
+    heads = {"accuracy": net.head}
     if krr:
         f_s, y_s = features_of(net, images, len(y)), y
         if recipe.flip:
             mirrored = features_of(net, lambda index: images(index).flip(3), len(y))
             f_s, y_s = torch.cat([f_s, mirrored]), torch.cat([y, y])
-        scores["krr"] = krr_accuracy(f_test, y_test, f_s, y_s, recipe.ridge)
-    return scores
+        fitted = krr_head(f_s, y_s, recipe.ridge)
+        heads["krr"] = lambda f: f.to(fitted.dtype) @ fitted
+    predicted = {name: [] for name in heads}
+    for index in torch.arange(len(test)).split(BLOCK):
+        f_test = net.features(test(index))  # (BLOCK, d)
+        for name, head in heads.items():
+            predicted[name].append(head(f_test).argmax(1))
+    return {name: float((torch.cat(parts).cpu() == y_test).float().mean()) for name, parts in predicted.items()}
 
 
 def predict_seconds(
-    data: Data, n_s: int, classes: int, widths, device: torch.device, recipe: Recipe, models: tuple[str, ...], rows: int
+    data: Data, n_s: int, classes: int, widths, device: torch.device, recipe: Recipe, models: tuple[str, ...], rows
 ) -> float:
-    """Seconds that evaluate_students will take over `rows` rows: one update and one pass of each model are timed."""
-    n, total = min(n_s, recipe.batch), 0.0
-    x = torch.zeros(max(n, KEPT), data.channels, data.size, data.size, device=device)
-    y = torch.zeros(n, classes, device=device)
-    short = replace(recipe, steps=5)  # the operation of DSA differs from update to update
+    """Seconds that evaluate_students will take over `rows`: one update and one pass of each model are timed."""
+    short, total = replace(recipe, steps=5), 0.0  # the operation of DSA differs from update to update
+    n_b = {row: min(len(data.x_train) if row == "all_real" else n_s, recipe.batch) for row in rows}  # a batch
+    x = torch.zeros(max(BLOCK, *n_b.values()), data.channels, data.size, data.size, device=device)
+    y = torch.zeros(len(x), classes, device=device)
     for model in models:
         with seeded("predict seconds"):
             net = frepo_student(model, data.channels, data.size, classes, widths).to(device)
-        fit = lambda net=net: fit_student(net, lambda i: x[i.to(device)], y, short, "predict")  # noqa: E731
-        update = seconds_of(fit, device) / short.steps
-        image = seconds_of(lambda net=net: features_of(net, lambda i: x[: len(i)], KEPT), device) / KEPT
-        total += recipe.runs * rows * (recipe.steps * update + image * len(data.x_test))
+        image = seconds_of(lambda net=net: features_of(net, lambda i: x[: len(i)], BLOCK), device) / BLOCK
+        update = {}
+        for n in set(n_b.values()):
+            fit = lambda net=net, n=n: fit_student(net, lambda i: x[: len(i)], y[:n], short, "predict")  # noqa: E731
+            update[n] = seconds_of(fit, device) / short.steps
+        total += recipe.runs * sum(recipe.steps * update[n] + image * len(data.x_test) for n in n_b.values())
     return total
 
 

@@ -41,6 +41,13 @@ def script(request):
     return SCRIPTS[request.param]
 
 
+@pytest.fixture(autouse=True)
+def unpredicted(monkeypatch):
+    """Nobody waits for these runs: their evaluation is not timed beforehand (that of `whole` is)."""
+    for each in SCRIPTS.values():
+        monkeypatch.setattr(each, "predict_seconds", lambda *args: 0.0)
+
+
 def tiny(script, out_dir, **changes):
     return script.Args(**TINY | {"out_dir": str(out_dir)} | changes)
 
@@ -327,9 +334,21 @@ def test_the_gradient_reaches_samples_and_partners():
 # --------------------------------------------------------------------------------------------------------------- pool
 
 
+class Flat(nn.Module):
+    """A network of a head alone, three inputs and four classes."""
+
+    def __init__(self, inputs=3, classes=4):
+        super().__init__()
+        self.head = nn.Linear(inputs, classes)
+        self.weight = self.head.weight
+
+    def features(self, x):
+        return x
+
+
 def small_pool(script, **changes):
     args = script.Args(**dict(pool=4, max_age=5, lr_net=0.01) | changes)
-    return script.Pool(lambda: nn.Linear(3, 2), torch.device("cpu"), args), torch.eye(3), torch.ones(3, 2)
+    return script.Pool(Flat, torch.device("cpu"), args), torch.eye(3), torch.ones(3, 4)
 
 
 def test_the_pool_starts_at_spread_ages_that_were_really_trained(script):
@@ -368,12 +387,12 @@ def test_a_network_takes_one_step_more_than_its_age_then_is_replaced(script):
         pool.grow(0, x_s, y_s)
     assert pool.ages[0] == 0 and not pool.optimizers[0].state
     with common.run.seeded("pool network", pool.args.seed, 0, 3):
-        assert torch.equal(pool.nets[0].weight, nn.Linear(3, 2).weight)
+        assert torch.equal(pool.nets[0].weight, Flat().weight)
 
 
 def test_the_inner_step_is_adam_on_half_the_squared_error(script):
     pool, x_s, y_s = small_pool(script, lr_net=0.05)
-    params = [p.detach().double() for p in pool.nets[0].parameters()]
+    params = [pool.nets[0].head.weight.detach().double(), pool.nets[0].head.bias.detach().double()]
     m, v = [torch.zeros_like(p) for p in params], [torch.zeros_like(p) for p in params]
     for t in range(1, 4):
         residual = x_s.double() @ params[0].T + params[1] - y_s
@@ -382,17 +401,39 @@ def test_the_inner_step_is_adam_on_half_the_squared_error(script):
             m[i], v[i] = 0.9 * m[i] + 0.1 * g, 0.999 * v[i] + 0.001 * g**2
             params[i] = params[i] - 0.05 * (m[i] / (1 - 0.9**t)) / ((v[i] / (1 - 0.999**t)).sqrt() + 1e-8)
         pool.train(0, x_s, y_s)
-    for ours, theirs in zip(pool.nets[0].parameters(), params, strict=True):
+    for ours, theirs, moment in zip(pool.nets[0].head.parameters(), params, m, strict=True):
         torch.testing.assert_close(ours.detach().double(), theirs, rtol=1e-5, atol=1e-6)
+        # Adam hides the scale of the loss; its moment does not
+        torch.testing.assert_close(pool.optimizers[0].state[ours]["exp_avg"].double(), moment, rtol=1e-5, atol=1e-7)
+
+
+def test_the_inner_step_gathers_flaxs_running_statistics(script):
+    """0.1 old + 0.9 of the batch's mean and biased variance, of the map that the second block is given."""
+    args = script.Args(pool=1, max_age=5)
+    pool = script.Pool(lambda: script.FRePoConvNet(3, 8, 4, (4, 4)), torch.device("cpu"), args)
+    x, net = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0)), pool.nets[0]
+    running_mean, running_var = torch.zeros(4, dtype=torch.float64), torch.ones(4, dtype=torch.float64)
+    for _ in range(2):
+        conv = net.convs[0]
+        with torch.no_grad():
+            block = F.avg_pool2d(F.relu(F.conv2d(x, conv.weight, conv.bias, padding=1)), 2).double()
+        for c in range(4):
+            values = block[:, c].flatten().tolist()
+            mean = sum(values) / len(values)
+            running_mean[c] = 0.1 * running_mean[c] + 0.9 * mean
+            running_var[c] = 0.1 * running_var[c] + 0.9 * sum((a - mean) ** 2 for a in values) / len(values)
+        pool.train(0, x, torch.ones(6, 4))
+    torch.testing.assert_close(net.norms[-1].running_mean.double(), running_mean, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(net.norms[-1].running_var.double(), running_var, rtol=1e-5, atol=1e-6)
 
 
 def test_many_images_are_trained_on_in_drawn_batches(script):
     seen = []
 
-    class Net(nn.Linear):
-        def forward(self, x):
+    class Net(Flat):
+        def features(self, x):
             seen.append(x.argmax(1).tolist())
-            return super().forward(x)
+            return x
 
     args = script.Args(pool=2, max_age=5, online_batch=4)
     pool = script.Pool(lambda: Net(10, 2), torch.device("cpu"), args)
@@ -437,7 +478,7 @@ def test_a_run_writes_what_it_says(whole):
     state = common.run.load_checkpoint(folder / "checkpoint.pt")
     torch.testing.assert_close(distilled.inputs(), state["x_s"], rtol=0, atol=2e-6)
     assert torch.equal(distilled.y, state["y_s"]) and distilled.step == 12 and state["step"] == 12
-    assert distilled.y_is == "class scores" and distilled.meta["ipc"] == 1
+    assert distilled.y_is == "class scores" and distilled.meta["ipc"] == 1 and distilled.meta["widths"] == [4, 4]
     assert on_disk["storage_bytes"] == 4 * (10 * 64 + 10 * 10 + 2) and on_disk["zca_bytes"] == 0
     assert on_disk["protocol"]["dsa"] == "color_crop_rotate_translate_cutout"  # digits are not mirrored
 
@@ -600,7 +641,6 @@ def trained(tmp_path_factory):
         out_dir = tmp_path_factory.mktemp("evaluation")
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(common.students, "fit_student", record)
-            patch.setattr(frepo, "predict_seconds", lambda *args: 0.0)
             frepo.main(tiny(frepo, out_dir, **dict(steps=1, eval_runs=1) | change))
         return seen["nets"], load_distilled(only_run(out_dir) / "distilled.safetensors")
 
@@ -943,6 +983,7 @@ def test_another_whitening_on_resume_is_refused(script, tmp_path, monkeypatch):
 def test_bad_values_are_refused_in_one_line(script, tmp_path):
     for change, *expected in [
         (dict(ipc=200), "--ipc 200", "smallest class"), (dict(eval_models=("convv",)), "convv", "frepo_alexnet"),
+        (dict(eval_models=()), "--eval-models", "at least one"),
         (dict(eval_models=("frepo_vgg11",)), "frepo_vgg11", "--eval-models"), (dict(eval_dsa="flip_dance"), "dance"),
         (dict(eval_temperature=0.0), "--eval-temperature"), (dict(online_batch=0), "--online-batch"),
         (dict(zca_reg=-1.0), "--zca-reg"), (dict(eval_dsa="scale"), "scale"),
@@ -951,8 +992,86 @@ def test_bad_values_are_refused_in_one_line(script, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_set_keeps_its_published_size_flip_and_preset_however_the_size_is_named(script, tmp_path, monkeypatch):
+    """cub200 has 64 px here and 32 in the paper: 32, named or not, is the preset; 64 is a folder's."""
+    seen = []
+    monkeypatch.setattr(script, "preset_name", lambda *args: seen.append(args[3:]) or "cub200")
+    x = torch.zeros(40, 3, 32, 32, dtype=torch.uint8)
+    y = torch.arange(40) % 2
+    stats = torch.full((3,), 0.5)
+
+    def fake(name, *, size, **rest):
+        return script.Data(name, x, y, x, y, ["a", "b"], stats, stats, "none", "key", True, native=size == 64)
+
+    monkeypatch.setattr(script, "load", fake)
+    monkeypatch.setattr(script, "flip_doubling", lambda choice, name, *rest: seen.append(name) or False)
+    monkeypatch.setattr(script, "check_memory", lambda *args: 1 / 0)
+    for size in (None, 32, 64):
+        with pytest.raises(ZeroDivisionError):
+            script.main(tiny(script, tmp_path, data="cub200", size=size, widths=(4, 4, 4)))
+    assert seen == [(True, 32), "cub200", (True, 32), "cub200", (False, 32), ""]
+
+
+@pytest.mark.parametrize(("size", "dim"), [(16, 768), (64, 12288), (96, 6912), (128, 12288)])
+def test_the_memory_estimate_counts_the_whitening(script, size, dim):
+    """The matrix and its inverse in float32, and the whitened sets that fit --cache-gb, one after another."""
+    x = torch.zeros(20, 3, size, size, dtype=torch.uint8)
+    y = torch.arange(20) % 2
+    stats = torch.full((3,), 0.5)
+    data = script.Data("made", x, y, x[:10], y[:10], ["a", "b"], stats, stats, "none", "key", True)
+    widths = (4,) * common.models.convnet_depth(size)
+    make_net = lambda: script.FRePoConvNet(3, size, 2, widths)  # noqa: E731
+    image = 4 * 3 * size**2
+    for gigabytes, kept in (
+        (1.0, 30 * image),
+        (20.5 * image / 1e9, 20 * image),
+        (10.5 * image / 1e9, 10 * image),
+        (0, 0),
+    ):
+        args = common.run.fill(script.Args(cache_gb=gigabytes, device="cpu", widths=widths), script.PUBLISHED)
+        _, found, phases = script.memory_needs(make_net, data, None, 2, True, args)
+        assert found == kept and phases["outer step"]["--cache-gb"] == kept
+        assert phases["outer step"]["--size"] == 2 * 4 * dim**2
+        assert phases["evaluation"]["--cache-gb"] == kept
+    _, found, phases = script.memory_needs(make_net, data, data, 2, False, args)
+    assert found == 0 and "--size" not in phases["outer step"]
+
+
+def test_students_of_other_architectures_count_in_the_memory_estimate(script):
+    data = load("digits", data_dir="data")
+    make_net = lambda: script.FRePoConvNet(1, 8, 10, (32, 64))  # noqa: E731
+    needs = []
+    for changes in ({}, dict(eval_models=("conv", "resnet18_bn")), dict(full_row=True), dict(ipc=100)):
+        args = common.run.fill(script.Args(device="cpu", **changes), script.DIGITS)
+        needs.append(script.memory_needs(make_net, data, None, 10, False, args)[2]["evaluation"])
+    flag = "--eval-batch or --eval-models"
+    assert needs[1][flag] > 2 * needs[0][flag]  # a ResNet keeps more of an image
+    assert needs[2][flag] == needs[3][flag] == needs[0][flag] * 500 // 256  # batches of 500 instead of blocks of 256
+
+
+def test_few_images_and_one_batch_of_all(script, tmp_path):
+    """Two classes of three images: fewer than are compared on resume, fewer than a batch."""
+    folder = colour_folder(tmp_path / "set", n=4)
+    changes = dict(data=str(folder), data_dir=str(tmp_path / "data"), steps=2, eval_runs=1, **COLOUR)
+    script.main(tiny(script, tmp_path / "runs", **changes))
+    run = only_run(tmp_path / "runs")
+    assert script.main(common.run.load_args(script.Args, run))["steps"] == 2
+
+
+def test_the_table_of_updates_is_the_default_and_isas_can_be_had(script, tmp_path):
+    steps = []
+    for table in ("frepo", "isa"):
+        changes = dict(eval_steps=0, eval_table=table, ipc=20, steps=1)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(script, "evaluate_students", lambda *args: steps.append(args[7].steps) or 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                script.main(tiny(script, tmp_path / table, **changes))
+    assert steps == [20_000, 2000]
+
+
 def test_isa_refuses_a_share_that_leaves_no_pair(tmp_path):
     refuse(lambda: isa.main(tiny(isa, tmp_path, topk=0.02)), "--topk 0.02", "fewer than two")
+    refuse(lambda: isa.main(tiny(isa, tmp_path, topk=0.0, batch_real=1)), "--topk 0.0", "fewer than two")
     refuse(lambda: isa.main(tiny(isa, tmp_path, topk=1.5)), "--topk 1.5")
     refuse(lambda: isa.main(tiny(isa, tmp_path, epsilon=-0.5)), "--epsilon -0.5")
 
