@@ -155,10 +155,10 @@ class Args:
     without, the test images choose, as published)"""
     eval_models: tuple[str, ...] = ("conv",)
     """students' architectures: conv, dcconv, kipconv, frepo_alexnet, frepo_vgg11, resnet18, resnet18_bn"""
-    eval_steps: int = 0
-    """updates of a student; 0: as published for the number of images, see --eval-table"""
+    eval_steps: int | None = None
+    """updates of a student; 0: as published for the number of images, see --eval-table; None: from the preset"""
     eval_table: Literal["frepo", "isa"] = "frepo"
-    """whose published numbers, where --eval-steps is 0"""
+    """whose published numbers, where --eval-steps is 0 (all presets but digits)"""
     eval_batch: int = 500
     """images of an update"""
     eval_lr: float = 3e-4
@@ -188,6 +188,7 @@ PUBLISHED = dict(  # at 28 and 32 px; folders take it too
     lr_label=3e-4,
     widths=(128, 256, 512),
     max_age=100,
+    eval_steps=0,
 )
 # FRePo's departure 8: four and five blocks are second-hand
 SIZE_64 = PUBLISHED | dict(widths=(128, 256, 512, 1024))
@@ -199,6 +200,7 @@ DIGITS = PUBLISHED | dict(  # FRePo's departure 10
     lr_img=1e-2,
     lr_label=1e-2,
     widths=(32, 64),
+    eval_steps=1000,
 )
 PRESETS = {
     "digits": DIGITS,
