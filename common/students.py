@@ -151,9 +151,8 @@ def evaluate_students(
 
     train, test: the network inputs of data.x_train and data.x_test. labels: class numbers (n,) -> scores (n, C) of real
     images. widths: of the student (models.frepo_student). seed: of students and random images. models, rows: see above,
-    the first model is krr's. keep: a JSON file of the students scored so far, read only if
-    it was made from the same set by the same recipe and on the same test images. Raises kernels.FailedFactorization if
-    the ridge of krr failed.
+    the first model is krr's. keep: a JSON file of the students scored so far, read only if it was made from the same
+    set by the same recipe on the same test images. Raises kernels.FailedFactorization if the ridge of krr failed.
     """
     classes = distilled.y.shape[1]
     tested = hashlib.sha256(data.x_test.contiguous().numpy()).hexdigest()  # the parts of hold_out share their content
