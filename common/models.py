@@ -331,7 +331,7 @@ def resnet18_student(channels: int, size: int, out: int, widths: list[int], norm
     """FRePo's ResNet-18: CIFAR stem, padding 1, no global pooling.
 
     widths: channels of the stem and first stage and of the other three; norm: nn.Identity (as FRePo's code, with
-    biases) or FlaxBatchNorm2d, in the stem, the blocks and their projections.
+    biases) or FlaxBatchNorm2d, in the stem, the blocks and their projections (FRePo's departure 9).
     """
     layers = [nn.Conv2d(channels, widths[0], 3, padding=1, bias=norm is nn.Identity), norm(widths[0]), nn.ReLU()]
     c_in, side = widths[0], size

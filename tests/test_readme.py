@@ -218,6 +218,16 @@ def block(name: str) -> re.Pattern:
     return re.compile(f"(<!-- {name} -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
+@pytest.mark.parametrize(("method", "name"), [("frepo", "FRePo"), ("isa", "ISA")])
+def test_every_departure_is_named_where_it_is_made(method, name):
+    section = (REPO / "README.md").read_text().split(f"\n## {method}\n")[1].split("\n## ")[0]
+    numbers = re.findall(r"^(\d+)\. ", section.split("**Departures**")[1].split("\n**")[0], re.MULTILINE)
+    assert numbers == [str(i + 1) for i in range(len(numbers))] and len(numbers) > 4
+    code = (REPO / f"{method}.py").read_text() + "".join(p.read_text() for p in (REPO / "common").glob("*.py"))
+    named = set(re.findall(rf"{name}'s departure (\d+)", code))
+    assert named == set(numbers)
+
+
 def test_the_tables_are_those_of_the_committed_results():
     text = (REPO / "README.md").read_text()
     for name, make in TABLES.items():
