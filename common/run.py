@@ -448,6 +448,9 @@ class Run:
     def reopen(self, args):
         """Check the resumed folder's flags and checkpoint, touching nothing; returns args with what it resolved."""
         saved = dataclasses.asdict(load_args(type(args), self.folder))
+        parts = self.folder.resolve().name.rsplit("__", 3)  # data, script, seed, time
+        if len(parts) == 4 and parts[1] != self.name:
+            raise UserError(f"--resume {self.folder}: a run of {parts[1]}.py, not of {self.name}.py")
         args = fill(args, saved)
         for key, value in dataclasses.asdict(args).items():
             free = key in FREE_ON_RESUME or key.startswith("eval_")
@@ -567,7 +570,8 @@ class Run:
         """Write checkpoint.pt: `step` steps are done. Raises UserError rather than save a tensor that is not finite."""
         for key, value in state.items():
             if not all_finite(value):
-                raise UserError(f"step {step}: {key} is not finite ({self.terms}); {self.mend()}")
+                terms = f" ({self.terms})" if self.terms else ""
+                raise UserError(f"step {step}: {key} is not finite{terms}; {self.mend()}")
         state |= dict(format=f"{self.name} 1", step=step, seconds=self.seconds(), content=self.content)
         state |= dict(history=self.history)
         write_atomic(self.file("checkpoint.pt"), lambda tmp: torch.save(state, tmp))

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -19,43 +20,100 @@ import common.run
 from common.models import ResNet
 from common.run import load_checkpoint
 
-# script: (flags of a run of seconds, the flag that says how many images, whether it needs labels)
+
+@dataclass(frozen=True)
+class Facts:
+    """What these tests must know of a script's method."""
+
+    tiny: dict  # flags of a run of seconds
+    count: str  # the flag that says how many images
+    many: int  # its value for a thousand images or more
+    labelled: bool  # takes labelled images alone
+    teacher: bool  # trains one first
+    out_of_range: dict  # of the method's own flags: a value, and what it must be
+    cached: dict  # flags of a method that keeps what --cache-gb allows
+    sizes: str  # of the tiny run, in messages: distilled images, features of the ConvNet
+    exploding: dict  # flags with which the loss is not finite after a few checkpoints
+    exploded: str  # what the message then says of its terms
+    folder: dict = field(default_factory=dict)  # further flags for a folder of fifty images
+
+
+STUDENTS = dict(  # of the scripts whose sets are scored by students
+    tiny=dict(
+        steps=12, ipc=1, batch_real=64, widths=(4, 4), pool=3, max_age=4, log_every=1, save_every=4, device="cpu",
+        eval_runs=2, eval_steps=6,
+    ),
+    count="ipc",
+    many=100,
+    labelled=True,
+    teacher=False,
+    cached=dict(channels="rgb"),  # whitened images
+    sizes="n_s 10, d 36",
+    exploding=dict(lr_label=1e20),  # LAMB moves the labels by this times their norm: at the second step
+    exploded="(loss inf, kernel ",
+)  # fmt: skip
+OF_STUDENTS = dict(
+    online_batch=(0, "at least 1"), eval_batch=(0, "at least 1"), zca_reg=(-1.0, "at least 0"),
+    eval_lr=(-1.0, "at least 0"), eval_steps=(-1, "at least 0"), eval_temperature=(0.0, "at least 1e-06"),
+)  # fmt: skip
 SCRIPTS = {
-    "krr_st": (
-        dict(
+    "krr_st": Facts(
+        tiny=dict(
             steps=12, num_images=5, batch_real=64, widths=(4, 4), pool=3, max_age=4, log_every=1, save_every=4,
             device="cpu", teacher_width=2, teacher_epochs=2, teacher_projector=8, eval_runs=2, eval_epochs=4,
             eval_probe_steps=3, eval_finetune_steps=2,
         ),
-        "--num-images",
-        False,
+        count="num_images",
+        many=1437,
+        labelled=False,
+        teacher=True,
+        out_of_range=dict(
+            eval_epochs=(0, "at least 1"), teacher_lr=(-1.0, "at least 0"), eval_finetune_steps=(-1, "at least 0"),
+            stem_padding=(-5, "at least 0"), teacher_crop_min=(1.5, "in 0 .. 1"),
+        ),
+        cached=dict(outer_aug="crop_flip"),  # the targets of all variants: digits have 9 each
+        sizes="n_s 5, d 16",
+        exploding=dict(lr_label=1e6),
+        exploded="lam = inf",
+        folder=dict(teacher_batch=8),
+    ),
+    "frepo": Facts(out_of_range=OF_STUDENTS, **STUDENTS),
+    "isa": Facts(
+        out_of_range=OF_STUDENTS | dict(topk=(-1.5, "in -1 .. 1"), epsilon=(-0.5, "at least 0")), **STUDENTS
     ),
 }  # fmt: skip
 
 
+def dashed(flag: str) -> str:
+    return "--" + flag.replace("_", "-")
+
+
 class Script:
-    """A script, its small flags, and an out-dir whose teacher is trained."""
+    """A script, what is to know of it, and an out-dir with whole runs."""
 
     def __init__(self, name: str, folder: Path):
-        self.name, self.folder = name, folder
-        self.tiny, self.count, self.labelled = SCRIPTS[name]
-        self.module = importlib.import_module(name)
-        self.out_dir = folder / "runs"
+        self.name, self.folder, self.facts = name, folder, SCRIPTS[name]
+        self.path, self.out_dir = REPO / f"{name}.py", folder / "runs"
+        self.count = dashed(self.facts.count)
 
     def words(self, **changes) -> list[str]:
-        return flags(**self.tiny | {"out_dir": self.out_dir, "data_dir": self.folder / "data"} | changes)
+        return flags(**self.facts.tiny | {"out_dir": self.out_dir, "data_dir": self.folder / "data"} | changes)
 
     def runs(self) -> list[Path]:
         if not self.out_dir.is_dir():
             return []
         return sorted(p for p in self.out_dir.iterdir() if p.name != "teachers")
 
+    def unfinished(self) -> Path:
+        (folder,) = (p for p in self.runs() if not (p / "result.json").exists())
+        return folder
+
 
 @pytest.fixture(scope="module", params=SCRIPTS)
 def finished(request, tmp_path_factory):
     """A whole run of the script, not to be changed."""
     script = Script(request.param, tmp_path_factory.mktemp(request.param))
-    done = start(REPO / f"{script.name}.py", script.words())
+    done = start(script.path, script.words())
     assert done.returncode == 0, done.stderr
     return script
 
@@ -68,17 +126,29 @@ def script(finished, tmp_path):
 
 
 @pytest.fixture
-def refused(script, monkeypatch, capsys):
-    """The line on the error stream of a command that must exit with 2; no run folder may be begun unless `begun`."""
+def own_teacher(script):
+    """The file of the teacher that the finished run trained."""
+    if not script.facts.teacher:
+        pytest.skip(f"{script.name} has no teacher")
+    (folder,) = (script.out_dir / "teachers").iterdir()
+    return folder / "teacher.safetensors"
 
-    def check(*words, begun=False, **changes) -> str:
-        before = script.runs()
-        command = [f"{script.name}.py", *map(str, words)]
+
+@pytest.fixture
+def refused(script, monkeypatch, capsys):
+    """The line on the error stream of a command that must exit with 2; no run folder may be begun unless `begun`.
+
+    by: the script that is called, if not this one.
+    """
+
+    def check(*words, by=script.name, begun=False, **changes) -> str:
+        module, before = importlib.import_module(by), script.runs()
+        command = [f"{by}.py", *map(str, words)]
         if "--resume" not in words:
             command += script.words(**changes)
         monkeypatch.setattr(sys, "argv", command)
         with pytest.raises(SystemExit) as stop:
-            common.run.cli(script.module.main, script.module.Args)
+            common.run.cli(module.main, module.Args)
         err = capsys.readouterr().err
         assert stop.value.code == 2, err
         lines = [line for line in err.splitlines() if line.startswith("error: ")]
@@ -111,10 +181,17 @@ def test_empty_folder(refused, tmp_path):
 
 
 def test_one_class(script, refused, tmp_path):
-    if not script.labelled:
-        pytest.skip("takes images without labels")
+    if not script.facts.labelled:
+        pytest.skip(f"{script.name} needs no classes")
     images(tmp_path / "one" / "cat", 20)
     assert "only one class" in refused(data=tmp_path / "one")
+
+
+def test_images_without_labels(script, refused, tmp_path):
+    if not script.facts.labelled:
+        pytest.skip(f"{script.name} needs no classes")
+    images(tmp_path / "flat", 20)
+    assert "this method needs labels" in refused(data=tmp_path / "flat")
 
 
 def test_a_corrupt_image_is_named_and_can_be_skipped(script, refused, tmp_path):
@@ -123,8 +200,7 @@ def test_a_corrupt_image_is_named_and_can_be_skipped(script, refused, tmp_path):
     (tmp_path / "set" / "dog" / "7.png").write_bytes(whole[: len(whole) // 2])
     line = refused(data=tmp_path / "set")
     assert "dog/7.png" in line and "--skip-bad-images" in line
-    words = script.words(data=tmp_path / "set", skip_bad_images=True, teacher_batch=8)
-    done = start(REPO / f"{script.name}.py", words)
+    done = start(script.path, script.words(data=tmp_path / "set", skip_bad_images=True, **script.facts.folder))
     assert done.returncode == 0, done.stderr
     assert "left out 1 of 60 images" in done.stdout and "1 unreadable left out" in done.stdout, done.stdout
     result = json.loads((script.runs()[-1] / "result.json").read_text())
@@ -158,17 +234,17 @@ def test_a_public_set_without_a_network_names_the_folder_alternative(refused, mo
 
 
 def test_numbers_out_of_range(script, refused):
-    count = script.count.removeprefix("--").replace("-", "_")
-    assert f"{script.count} 0" in refused(**{count: 0})
-    assert f"{script.count} 99999" in refused(**{count: 99999})
-    for flag in ("steps", "batch_real", "save_every", "log_every", "pool", "max_age", "eval_runs", "chunk"):
-        assert f"--{flag.replace('_', '-')} 0: must be at least 1" in refused(**{flag: 0})
-    for flag in ("cache_gb", "save_minutes", "lr_img", "lr_net", "ridge", "teacher_lr", "eval_finetune_steps"):
-        assert f"--{flag.replace('_', '-')} -1" in refused(**{flag: -1})
-    assert "--stem-padding -5" in refused(stem_padding=-5)
+    assert f"{script.count} 0: must be 1 to " in refused(**{script.facts.count: 0})
+    assert f"{script.count} 99999: must be 1 to " in refused(**{script.facts.count: 99999})
+    one, zero, share = "at least 1", "at least 0", "in 0 .. "
+    flags_of_all = dict(
+        steps=(0, one), batch_real=(0, one), save_every=(0, one), log_every=(0, one), pool=(0, one), max_age=(0, one),
+        eval_runs=(0, one), chunk=(0, one), cache_gb=(-1.0, zero), save_minutes=(-1.0, zero), lr_img=(-1.0, zero),
+        lr_label=(-1.0, zero), lr_net=(-1.0, zero), ridge=(-1.0, zero), holdout=(1.5, share), lr_end=(1.5, share),
+    )  # fmt: skip
+    for flag, (value, bound) in (flags_of_all | script.facts.out_of_range).items():
+        assert f"{dashed(flag)} {value}: must be {bound}" in refused(**{flag: value})
     assert "--widths 0" in refused(widths=(0, 4))
-    for flag in ("holdout", "teacher_crop_min", "lr_end"):
-        assert f"--{flag.replace('_', '-')} 1.5: must be in 0 .. " in refused(**{flag: 1.5})
     assert "--size 3: must be at least 4" in refused(size=3)
     assert "--widths" in refused(widths=(8,))
     assert "--preset nope" in refused(preset="nope")
@@ -186,25 +262,18 @@ def test_out_dir_that_is_a_file(refused, tmp_path):
 
 def test_more_memory_than_there_is(script, refused):
     """Widths that need terabytes: refused before anything is computed, with the flag that takes most."""
-    count = script.count.removeprefix("--").replace("-", "_")
-    line = refused(**{count: 1000 if count == "num_images" else 100}, widths=(2**10, 2**19), norm="none")
+    line = refused(**{script.facts.count: script.facts.many}, widths=(2**10, 2**19), norm="none")
     assert "memory" in line and "--widths: lower it" in line
-    # 162 features an image would fill it; digits have 9 variants each, so that they do not
-    done = start(REPO / f"{script.name}.py", script.words(cache_gb=50_000, outer_aug="crop_flip"))
+    # what it keeps is counted, not what it might
+    done = start(script.path, script.words(cache_gb=50_000, **script.facts.cached))
     assert done.returncode == 0, done.stderr
 
 
 # -------------------------------------------------------------------------------------------------------------- teacher
 
 
-def own_teacher(script: Script) -> Path:
-    (folder,) = (script.out_dir / "teachers").iterdir()
-    return folder / "teacher.safetensors"
-
-
-def test_a_teacher_with_missing_keys_or_another_architecture(script, refused, tmp_path):
-    path = own_teacher(script)
-    weights, meta = load_file(path), safe_open(path, "pt").metadata()
+def test_a_teacher_with_missing_keys_or_another_architecture(own_teacher, refused, tmp_path):
+    weights, meta = load_file(own_teacher), safe_open(own_teacher, "pt").metadata()
     fewer = {key: value for key, value in weights.items() if key != "layer3.0.conv2.weight"}
     save_file(fewer, tmp_path / "fewer.safetensors", metadata=meta)
     assert "layer3.0.conv2.weight" in refused(teacher=tmp_path / "fewer.safetensors")
@@ -225,21 +294,19 @@ def test_a_teacher_with_missing_keys_or_another_architecture(script, refused, tm
     assert "not a readable checkpoint" in refused(teacher=tmp_path / "half.pt")
 
 
-def test_an_artefact_or_a_file_of_another_format_as_a_teacher(script, refused, tmp_path):
+def test_an_artefact_or_a_file_of_another_format_as_a_teacher(script, own_teacher, refused, tmp_path):
     line = refused(teacher=script.runs()[0] / "distilled.safetensors")
     assert "distilled" in line and "not a teacher" in line
-    path = own_teacher(script)
-    info = json.loads(safe_open(path, "pt").metadata()["info"]) | {"format": "teacher 99"}
-    save_file(load_file(path), tmp_path / "later.safetensors", metadata={"info": json.dumps(info)})
+    info = json.loads(safe_open(own_teacher, "pt").metadata()["info"]) | {"format": "teacher 99"}
+    save_file(load_file(own_teacher), tmp_path / "later.safetensors", metadata={"info": json.dumps(info)})
     assert "teacher 99" in refused(teacher=tmp_path / "later.safetensors")
-    path.write_bytes(path.read_bytes()[:500])  # the cached one
+    own_teacher.write_bytes(own_teacher.read_bytes()[:500])  # the cached one
     assert "not a readable teacher" in refused(begun=True)
 
 
-def test_a_broken_checkpoint_of_the_teacher(script, refused):
-    path = own_teacher(script)
-    path.unlink()
-    checkpoint = path.parent / "checkpoint.pt"
+def test_a_broken_checkpoint_of_the_teacher(own_teacher, refused):
+    own_teacher.unlink()
+    checkpoint = own_teacher.parent / "checkpoint.pt"
     for content in (b"half a file", None):
         if content:
             checkpoint.write_bytes(content)
@@ -265,6 +332,19 @@ def test_resume_with_changed_flags(script, refused):
     assert before == {p.name: p.read_bytes() for p in folder.iterdir()}
 
 
+def test_resume_of_another_scripts_run(script, refused):
+    """With a checkpoint, or killed before its first one."""
+    (folder,) = script.runs()
+    for _ in range(2):
+        before = {p.name: p.read_bytes() for p in folder.iterdir()}
+        for other in SCRIPTS.keys() - {script.name}:
+            line = refused("--resume", folder, by=other)
+            said = f"a run of {script.name}.py, not of {other}.py" in line or "made by another script" in line
+            assert str(folder) in line and said, line
+        assert before == {p.name: p.read_bytes() for p in folder.iterdir()}
+        (folder / "checkpoint.pt").unlink(missing_ok=True)
+
+
 @pytest.mark.parametrize("kind", ["truncated", "another method's", "of the teacher", "a list", "text"])
 def test_a_truncated_or_foreign_checkpoint(script, refused, kind):
     (folder,) = script.runs()
@@ -284,10 +364,9 @@ def test_a_truncated_or_foreign_checkpoint(script, refused, kind):
 
 def test_resume_with_other_data(script, refused, tmp_path):
     images(tmp_path / "set" / "cat", 30), images(tmp_path / "set" / "dog", 30, seed=1)
-    words = script.words(data=tmp_path / "set", teacher_batch=8)
-    done = start(REPO / f"{script.name}.py", words)
+    done = start(script.path, script.words(data=tmp_path / "set", **script.facts.folder))
     assert done.returncode == 0, done.stderr
-    folder = script.runs()[-1] if "set__" in script.runs()[-1].name else script.runs()[0]
+    (folder,) = (p for p in script.runs() if p.name.startswith("set__"))
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "set" / "cat" / "3.png")
     assert "the data changed" in refused("--resume", folder)
 
@@ -304,55 +383,53 @@ def one_line(done) -> str:
 
 def test_a_full_disk_keeps_the_last_checkpoint(script):
     """A file-size limit stands in for it, met half-way through a checkpoint; then there is room again."""
-    done = start(REPO / f"{script.name}.py", script.words(seed=1), "run_save:3:disk")
-    line = one_line(done)
+    line = one_line(start(script.path, script.words(seed=1), "run_save:3:disk"))
     assert "checkpoint.pt" in line and "free some space" in line
-    folder = next(p for p in script.runs() if not (p / "result.json").exists())
+    folder = script.unfinished()
     assert load_checkpoint(folder / "checkpoint.pt")["step"] == 4
     assert not list(folder.glob(".*.tmp"))
-    done = start(REPO / f"{script.name}.py", ["--resume", folder])
+    done = start(script.path, ["--resume", folder])
     assert done.returncode == 0 and "resumed at step 4" in done.stdout, done.stderr
 
 
 def test_a_disk_that_takes_nothing(script):
     """Not even the first files of a run."""
-    done = start(REPO / f"{script.name}.py", script.words(), "begin:1:disk")
-    assert "free some space" in one_line(done)
+    assert "free some space" in one_line(start(script.path, script.words(), "begin:1:disk"))
 
 
 def test_out_of_memory_says_what_to_lower(script):
     """An address-space limit stands in for it, at the second step; the estimate before the start cannot see it."""
-    big = {script.count.removeprefix("--").replace("-", "_"): 1437 if "num" in script.count else 100}
-    words = script.words(**big, widths=(128, 256), max_age=2, save_every=1, norm="none")
-    done = start(REPO / f"{script.name}.py", words, "step:2:memory")
-    line = one_line(done)
+    big = {script.facts.count: script.facts.many, "widths": (128, 256)}
+    words = script.words(max_age=2, save_every=1, norm="none", **big)
+    line = one_line(start(script.path, words, "step:2:memory"))
     assert "out of memory" in line and script.count in line and "--batch-real" in line
-    folder = next(p for p in script.runs() if not (p / "result.json").exists())
+    folder = script.unfinished()
     assert f"--resume {folder}" in line and load_checkpoint(folder / "checkpoint.pt")["step"] == 1
 
 
 def test_a_loss_that_is_not_finite_names_its_terms_and_keeps_the_last_checkpoint(script):
-    """Targets that explode after a few checkpoints."""
-    line = one_line(start(REPO / f"{script.name}.py", script.words(lr_label=1e6, save_every=1, steps=40)))
-    assert re.search(r"step \d+: ", line) and "lam = inf" in line and "n_s 5, d 16" in line and "loss " in line
-    folder = next(p for p in script.runs() if not (p / "result.json").exists())
+    """Labels that explode after a few checkpoints."""
+    facts = script.facts
+    line = one_line(start(script.path, script.words(save_every=1, steps=40, **facts.exploding)))
+    assert re.search(r"step \d+: ", line) and facts.exploded in line and facts.sizes in line and "loss " in line
+    folder = script.unfinished()
     assert f"the last good checkpoint stays in {folder}" in line
     state = load_checkpoint(folder / "checkpoint.pt")
     assert state["step"] >= 1 and state["x_s"].isfinite().all()
 
 
-def test_pairs_that_are_not_finite_are_not_evaluated(script):
+def test_a_set_that_is_not_finite_is_not_evaluated(script):
     """At a step that neither logs nor saves but for the curve; the loss is named, not the evaluation's own rate."""
-    words = script.words(lr_label=1e6, save_every=100, log_every=100, steps=40, eval_every=10)
-    line = one_line(start(REPO / f"{script.name}.py", words))
-    assert "step 2 to 10: " in line and "n_s 5, d 16" in line and "pretraining" not in line
-    folder = next(p for p in script.runs() if not (p / "result.json").exists())
-    assert load_checkpoint(folder / "checkpoint.pt")["step"] == 0
+    words = script.words(save_every=100, log_every=100, steps=40, eval_every=10, **script.facts.exploding)
+    line = one_line(start(script.path, words))
+    assert "step 2 to 10: " in line and script.facts.sizes in line
+    assert "pretraining" not in line and "student" not in line
+    assert load_checkpoint(script.unfinished() / "checkpoint.pt")["step"] == 0
 
 
 def test_a_state_that_is_not_finite_is_not_saved(script):
     """The loss is still finite where the networks no longer are."""
     words = script.words(lr_img=1e12, lr_label=1e30, save_every=1, steps=40)
-    line = one_line(start(REPO / f"{script.name}.py", words))
-    assert "step 1: pool is not finite (loss " in line and "lam " in line and "n_s 5, d 16" in line
+    line = one_line(start(script.path, words))
+    assert "step 1: pool is not finite (loss " in line and "lam " in line and script.facts.sizes in line
     assert "the last good checkpoint stays" in line and "lower the learning rates" in line

@@ -1,15 +1,19 @@
 """Run a script's command line with one accident in it, for the tests of bad luck: tests import `start`.
 
 An accident is "place:n:what": at the n-th arrival at the place, in this process, this happens.
-place: teacher (a step of its training), step (an outer step), score (a network of the evaluation), rename (a file is
-written, not yet renamed), teacher_save and run_save (half of a checkpoint is on disk), begin (before anything).
+place: teacher (a step of its training), step (an outer step), score (a network or student of the evaluation), rename
+(a file is written, not yet renamed), teacher_save and run_save (half of a checkpoint is on disk), begin (before
+anything).
 what: SIGKILL, SIGTERM, SIGINT, disk (files may not grow beyond what this one has), memory (30 MB more than now).
 """
 
 import json
 import os
+import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -18,11 +22,48 @@ from safetensors.torch import load_file
 REPO = Path(__file__).resolve().parent.parent
 
 
-def start(script: str | Path, words: list[str], accident: str = "none:0:none", cwd: Path = REPO):
-    """The finished process of `python script words`; its stdout and stderr are text."""
-    env = os.environ | {"PYTHONPATH": str(REPO), "ACCIDENT": accident, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__, str(script), *map(str, words)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=env)
+def start(script: str | Path, words: list, accident: str = "none:0:none"):
+    """The finished process of `python script words`, begun in REPO; its stdout and stderr are text."""
+    _, link = nursery()
+    (out, out_end), (err, err_end) = os.pipe(), os.pipe()
+    request = json.dumps([str(script), [str(word) for word in words], accident])
+    socket.send_fds(link, [request.encode()], [out_end, err_end])
+    os.close(out_end), os.close(err_end)
+    with open(out) as out, open(err) as err, ThreadPoolExecutor() as threads:
+        texts = threads.map(lambda file: file.read(), (out, err))
+    return subprocess.CompletedProcess([script, *words], int(link.recv(100)), *texts)
+
+
+@cache
+def nursery() -> tuple[subprocess.Popen, socket.socket]:
+    """A process that forks one child for each run, and the link to it.
+
+    Four seconds of a run of five are imports, which are done here once. The nursery has one thread and computes
+    nothing, so that its child is what a fresh process is.
+    """
+    link, end = socket.socketpair()
+    env = os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, __file__], cwd=REPO, stdin=end, stdout=subprocess.DEVNULL, env=env)
+    end.close()
+    return process, link
+
+
+def wait_and_fork() -> list:
+    """In the nursery: fork for each request, and send the exit code back. Returns the request, in the child alone."""
+    link = socket.socket(fileno=os.dup(0))
+    while True:
+        request, ends, *_ = socket.recv_fds(link, 100_000, 2)
+        if not request:  # the tests are over
+            sys.exit()
+        child = os.fork()
+        if child == 0:
+            link.close()
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+            os.dup2(ends[0], 1), os.dup2(ends[1], 2)
+            return json.loads(request)
+        os.close(ends[0]), os.close(ends[1])
+        _, status = os.waitpid(child, 0)
+        link.send(str(os.waitstatus_to_exitcode(status)).encode())
 
 
 def flags(**values) -> list[str]:
@@ -62,6 +103,8 @@ def equal(a, b) -> bool:
 
 
 def main() -> None:
+    import gc
+    import importlib
     import importlib.util
     import io
     import resource
@@ -70,8 +113,13 @@ def main() -> None:
     import common.evaluate
     import common.pretrain
     import common.run
+    import common.students
 
-    place_due, nth, what = os.environ["ACCIDENT"].split(":")
+    for late in ("matplotlib.figure", "sklearn.datasets", "torch.utils.tensorboard", "torchvision.utils"):
+        importlib.import_module(late)
+    gc.freeze()  # a child that ends leaves these objects alone: else it would copy all of their memory first
+    script_path, words, accident = wait_and_fork()
+    place_due, nth, what = accident.split(":")
     arrivals = {}
 
     def arrive(place: str, size: int = 0) -> None:
@@ -98,6 +146,7 @@ def main() -> None:
 
     watch(common.pretrain, "two_views", "teacher")
     watch(common.evaluate, "score_network", "score")
+    watch(common.students, "score_student", "score")
     watch(os, "replace", "rename")
     steps, torch_save = common.run.Run.steps, torch.save
 
@@ -117,8 +166,8 @@ def main() -> None:
             file.write(data[len(data) // 2 :])
 
     common.run.Run.steps, torch.save = watched_steps, half_save
-    sys.argv = sys.argv[1:]
-    spec = importlib.util.spec_from_file_location("script", sys.argv[0])
+    sys.argv = [script_path, *words]
+    spec = importlib.util.spec_from_file_location("script", script_path)
     script = importlib.util.module_from_spec(spec)
     sys.modules["script"] = script
     spec.loader.exec_module(script)
