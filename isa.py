@@ -399,7 +399,7 @@ class Pool:
     def warm_up(self, x_s: Tensor, y_s: Tensor) -> None:
         """Spread the ages: network i has i / pool of a life behind it."""
         for slot in tqdm(range(self.args.pool), desc="start of the pool", leave=False):
-            age = self.args.max_age // self.args.pool * slot
+            age = self.args.max_age * slot // self.args.pool
             if self.args.pool_ages == "counter":  # FRePo's departure 1: the released code spreads the counters alone
                 self.ages[slot] = age
             else:

@@ -123,8 +123,8 @@ def ours(variant: str, ipc: int, steps: int, folder: Path) -> Clock:
     if variant == "algebra":
         built = script.FRePoConvNet.__init__
 
-        def build(net, *args):
-            built(net, *args)
+        def build(net, *args, **kwargs):
+            built(net, *args, **kwargs)
             net.to(memory_format=torch.contiguous_format)
 
         script.FRePoConvNet.__init__ = build

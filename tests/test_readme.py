@@ -125,7 +125,7 @@ def cifar10_table() -> str:
 
 def architectures_table() -> str:
     """One set, students of every architecture."""
-    r = of("frepo", "cifar10_ipc10_architectures.json")
+    r = of("frepo", "digits10_architectures.json")
     models = [name for name in r["eval"]["distilled"] if name != "krr"]
     lines = ["| | " + " | ".join(models) + " |", "|---" * (len(models) + 1) + "|"]
     for row, metrics in r["eval"].items():
