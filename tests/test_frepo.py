@@ -535,10 +535,16 @@ def restated(script, args, data, zca):
 
 
 @pytest.mark.parametrize("flip", ["on", "off"])
-def test_the_loop_is_the_method(script, tmp_path, flip):
-    """Three outer steps restated plainly, in float64 outside the convolutions. Same images, networks and batches."""
-    args = tiny(script, tmp_path, steps=3, save_every=1, eval_runs=1, flip=flip, ipc=2, max_age=6)
+def test_the_loop_is_the_method(script, tmp_path, monkeypatch, flip):
+    """Three outer steps restated plainly, in float64 outside the convolutions. Same images, networks and batches.
+
+    The labels move by two thirds of their norm a step, so that some margins fall below 1 / C and are pushed up.
+    """
+    seen, margin = [], script.label_margin
+    monkeypatch.setattr(script, "label_margin", lambda y: seen.append(float(margin(y.detach()))) or margin(y))
+    args = tiny(script, tmp_path, steps=3, save_every=1, eval_runs=1, flip=flip, ipc=2, max_age=6, lr_label=0.67)
     script.main(args)
+    assert seen[0] == pytest.approx(-0.1) and seen[-1] > -0.099  # -1 / C: all have their margin at the start
     state = common.run.load_checkpoint(only_run(tmp_path) / "checkpoint.pt")
     args = common.run.load_args(script.Args, only_run(tmp_path))
     x_s, y_s, pool = restated(script, args, load("digits", data_dir="data"), None)
