@@ -123,16 +123,6 @@ def cifar10_table() -> str:
     return "\n".join(lines)
 
 
-def architectures_table() -> str:
-    """One set, students of every architecture."""
-    r = of("frepo", "digits10_architectures.json")
-    models = [name for name in r["eval"]["distilled"] if name != "krr"]
-    lines = ["| | " + " | ".join(models) + " |", "|---" * (len(models) + 1) + "|"]
-    for row, metrics in r["eval"].items():
-        lines.append(f"| {WORDS[row]} | " + " | ".join(percent(metrics[model]) for model in models) + " |")
-    return "\n".join(lines)
-
-
 def step_table() -> str:
     """One outer step of FRePo and ISA beside the twin's."""
     lines = ["| | a class | CPU seconds a step | less than the twin's | peak memory |", "|---" * 5 + "|"]
@@ -208,7 +198,6 @@ TABLES = {
     "krr_st cifar100": lambda: rows_table("cifar100_n100_reduced.json"),
     "frepo digits": lambda: students_table("frepo"),
     "frepo cifar10": cifar10_table,
-    "frepo architectures": architectures_table,
     "frepo speed": step_table,
     "isa digits": lambda: students_table("isa"),
 }
