@@ -390,7 +390,7 @@ class Pool:
 
 
 def memory_needs(
-    make_net, data: Data, held: Data | None, n_all: int, zca: bool, args: Args
+    make_net, data: Data, held: Data | None, n_all: int, zca: bool, device, args: Args
 ) -> tuple[int, int, dict[str, dict[str, int]]]:
     """Bytes of one distilled image in the outer step, of the whitened images kept, and {phase: {flag: bytes}} of all
     but the first: see check_memory.
@@ -425,8 +425,8 @@ def memory_needs(
     n_b = min(len(data.x_train) if args.full_row else n_s, args.eval_batch)
     score = {"--eval-batch or --eval-models": max(n_b, BLOCK) * student, "--ipc": kernel}
     phases = {"outer step": step, "training of the pool": {"--ipc": min(n_s, args.online_batch) * train}}
-    if zca:  # float64 on the host: moments, covariance, vectors and what the decomposition takes
-        phases["whitening"] = {"--size": 10 * matrix} if args.device == "cpu" else {}
+    if zca and device.type == "cpu":  # float64: moments, covariance, vectors and what the decomposition takes
+        phases["whitening"] = {"--size": 10 * matrix}
     return outer, kept, {phase: always | parts for phase, parts in (phases | {"evaluation": score}).items()}
 
 
@@ -482,7 +482,9 @@ def main(args: Args) -> dict:
     whitened = args.zca and data.channels > 1
     if whitened:
         zca_stride(data.size)  # refuses a size now
-    image, kept, phases = memory_needs(make_net, data, curve_data if args.holdout else None, n_all, whitened, args)
+    image, kept, phases = memory_needs(
+        make_net, data, curve_data if args.holdout else None, n_all, whitened, device, args
+    )
     if args.chunk is None:
         args = replace(args, chunk=fit_chunk(n_all, image, sum(phases["outer step"].values()), device))
     phases["outer step"]["--chunk"] = min(args.chunk, n_all) * image

@@ -1035,12 +1035,13 @@ def test_the_memory_estimate_counts_the_whitening(script, size, dim):
         (0, 0),
     ):
         args = common.run.fill(script.Args(cache_gb=gigabytes, device="cpu", widths=widths), script.PUBLISHED)
-        _, found, phases = script.memory_needs(make_net, data, None, 2, True, args)
+        _, found, phases = script.memory_needs(make_net, data, None, 2, True, torch.device("cpu"), args)
         assert found == kept and phases["outer step"]["--cache-gb"] == kept
         assert phases["outer step"]["--size"] == 2 * 4 * dim**2
         assert phases["evaluation"]["--cache-gb"] == kept
-    _, found, phases = script.memory_needs(make_net, data, data, 2, False, args)
-    assert found == 0 and "--size" not in phases["outer step"]
+        assert phases["whitening"]["--size"] == 10 * 4 * dim**2
+    _, found, phases = script.memory_needs(make_net, data, data, 2, False, torch.device("cpu"), args)
+    assert found == 0 and "--size" not in phases["outer step"] and "whitening" not in phases
 
 
 def test_students_of_other_architectures_count_in_the_memory_estimate(script):
@@ -1049,7 +1050,7 @@ def test_students_of_other_architectures_count_in_the_memory_estimate(script):
     needs = []
     for changes in ({}, dict(eval_models=("conv", "resnet18_bn")), dict(full_row=True), dict(ipc=100)):
         args = common.run.fill(script.Args(device="cpu", **changes), script.DIGITS)
-        needs.append(script.memory_needs(make_net, data, None, 10, False, args)[2]["evaluation"])
+        needs.append(script.memory_needs(make_net, data, None, 10, False, torch.device("cpu"), args)[2]["evaluation"])
     flag = "--eval-batch or --eval-models"
     assert needs[1][flag] > 2 * needs[0][flag]  # a ResNet keeps more of an image
     assert needs[2][flag] == needs[3][flag] == needs[0][flag] * 500 // 256  # batches of 500 instead of blocks of 256
