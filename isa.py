@@ -19,9 +19,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 import kernels
+from common.applications import continual, membership
 from common.artefact import Distilled, load_distilled, save_distilled
 from common.augment import dsa_strategy, upload
-from common.data import Data, Inputs, denormalise, describe, fit_zca, hold_out, load, zca_stride
+from common.data import Data, Inputs, Zca, denormalise, describe, fit_zca, hold_out, load, zca_stride
 from common.models import FRePoConvNet, convnet_depth, features_chunked, frepo_student
 from common.run import (
     Run,
@@ -188,6 +189,26 @@ class Args:
     full_row: bool = False
     """add a row of students of all real images, for as many updates"""
 
+    # the applications, in common/applications.py; their students: --eval-*
+    application: Literal["none", "continual", "membership"] = "none"
+    """continual: the classes come in steps, each distilled alone, students learn from all steps so far; membership: a
+    chunk of the images is distilled, and its students are attacked: was an image in the chunk?"""
+    class_steps: int = 5
+    """continual: steps (published 5 and 10)"""
+    class_order: int = 0
+    """continual: seed of the order of the classes (published 0 to 4)"""
+    members: int | None = None
+    """membership: images of a chunk (published 10,000); None: from the preset"""
+    member_chunk: int = 0
+    """membership: which chunk, in the order of the file (published 0 to 4)"""
+    attack_updates: tuple[int, ...] | None = None
+    """membership: updates of a student when it is tested and attacked (published 100 250 500 1000 2000 4000 8000
+    16000); None: from the preset"""
+    attack_target: Literal["learned", "initial"] = "learned"
+    """membership: the distilled images, or the real ones they start from, which the released script attacks"""
+    attack_students: int = 1
+    """membership: students of each row that are attacked (published 1)"""
+
 
 PUBLISHED = dict(  # at 28 and 32 px; folders take it too
     save_every=1000,
@@ -198,6 +219,8 @@ PUBLISHED = dict(  # at 28 and 32 px; folders take it too
     widths=(128, 256, 512),
     max_age=100,
     eval_steps=0,
+    members=10_000,
+    attack_updates=(100, 250, 500, 1000, 2000, 4000, 8000, 16_000),
 )
 # FRePo's departure 8: four and five blocks are second-hand
 SIZE_64 = PUBLISHED | dict(widths=(128, 256, 512, 1024))
@@ -210,6 +233,8 @@ DIGITS = PUBLISHED | dict(  # FRePo's departure 10
     lr_label=1e-2,
     widths=(32, 64),
     eval_steps=1000,
+    members=360,
+    attack_updates=(100, 250, 500, 1000, 2000),
 )
 PRESETS = {
     "digits": DIGITS,
@@ -229,20 +254,22 @@ PRESETS = {
 }
 SIZES = {"cub200": 32, "imagenette": 128, "imagewoof": 128}  # published, where the set's usual size is another
 LIMITS = {  # of flags: one that is out of them is refused before anything begins
-    (1, inf): "steps batch_real save_every log_every chunk widths pool max_age online_batch eval_runs eval_batch",
+    (1, inf): "steps batch_real save_every log_every chunk widths pool max_age online_batch eval_runs eval_batch "
+    "class_steps members attack_updates attack_students",
     (0, inf): "lr_img lr_label lr_net ridge epsilon zca_reg cache_gb save_minutes eval_every eval_steps eval_lr",
     (0, 1): "lr_end",
     (-1, 1): "topk",
+    (0, 2**32 - 1): "class_order member_chunk",
     (1e-6, inf): "eval_temperature",
 }
 STRATEGIES = {  # of DSA, as published
     "frepo": "flip_color_crop_rotate_translate_cutout",
     "dc": "color_crop_cutout_flip_scale_rotate",
 }
-FLIP = {  # published: by set, or by set and images per class
+FLIP = {  # published: by set, by set and images per class, or by application
     "mnist": False, "fashion_mnist": False, "cifar10": True, "cub200": True, "imagenette": True, "imagewoof": True,
     ("cifar100", 1): True, ("cifar100", 10): False, ("cifar100", 50): False, ("tiny_imagenet", 1): True,
-    ("tiny_imagenet", 10): False, "imagenet": False,
+    ("tiny_imagenet", 10): False, "imagenet": False, "continual": True,
 }  # fmt: skip
 
 
@@ -439,7 +466,7 @@ def memory_needs(
         train = int(1.5 * bytes_per_image(net, x))  # and the gradients of the largest maps
         students = [frepo_student(m, data.channels, data.size, data.num_classes, args.widths) for m in args.eval_models]
         student = int(1.5 * max(bytes_per_image(each, x.float()) for each in students))
-    n_s, n_t, d = args.ipc * data.num_classes, min(args.batch_real, len(data.x_train)), net.dim
+    n_s, n_t, d = args.ipc * len(data.y_train.unique()), min(args.batch_real, len(data.x_train)), net.dim
     width, ridge = 4 if args.ridge_precision == "fp32" else 8, min(n_all, d)
     always = {
         "libraries": 200_000_000,  # that are loaded on the way
@@ -465,10 +492,11 @@ def memory_needs(
     return outer, kept, {phase: always | parts for phase, parts in (phases | {"evaluation": score}).items()}
 
 
-def main(args: Args) -> dict:
+def main(args: Args, part: Data | None = None, zca: Zca | None = None) -> dict:
+    """part, zca: some images of the set and their whitening, where an application has them distilled."""
     # data
     device = pick_device(args.device)
-    data = load(
+    data = part or load(
         args.data,
         data_dir=args.data_dir,
         size=args.size or SIZES.get(args.data),
@@ -480,14 +508,18 @@ def main(args: Args) -> dict:
         skip_bad_images=args.skip_bad_images,
     )
     check_limits(args, {(0, 0.9): "holdout"})
-    data, curve_data = hold_out(data, args.holdout, args.split_seed) if args.holdout else (data, data)
+    applied = part is None and args.application != "none"
+    holdout = args.holdout and not applied  # in each part
+    data, curve_data = hold_out(data, args.holdout, args.split_seed) if holdout else (data, data)
     named = args.size in (None, SIZES[args.data]) if args.data in SIZES else data.native
     preset = preset_name(PRESETS, args.preset, data.name, named, data.size)
     args = fill(args, PRESETS[preset])
     check_limits(args, LIMITS)
     if data.size < 4:
         raise UserError(f"--size {data.size}: must be at least 4, the network halves it {len(args.widths)} times")
-    classes, smallest = data.num_classes, int(data.y_train.bincount().min())
+    counts = data.y_train.bincount()
+    classes, counts = data.num_classes, counts[counts > 0]  # a part may lack some
+    smallest = int(counts.min())
     if not 1 <= args.ipc <= smallest:
         raise UserError(f"--ipc {args.ipc}: must be 1 to {smallest}, the training images of the smallest class")
     if int((abs(args.topk) or 1) * min(args.batch_real, len(data.x_train))) < 2:
@@ -499,6 +531,9 @@ def main(args: Args) -> dict:
         raise UserError("--select best: chooses a point of the curve; give --eval-every, and --holdout 0.1")
     if not args.eval_models:
         raise UserError("--eval-models: give at least one, for instance conv")
+    if args.application == "membership" and (args.holdout or len(args.eval_models) > 1):
+        raise UserError("--application membership: takes no --holdout (all images of the chunk are members) and one of "
+                        "--eval-models")  # fmt: skip
     for model in args.eval_models:  # what is wrong with one is said now
         with torch.device("meta"):
             frepo_student(model, data.channels, data.size, classes, args.widths)
@@ -513,12 +548,42 @@ def main(args: Args) -> dict:
 
     with torch.device("meta"):
         dim = make_net().dim
-    n_s = args.ipc * classes
-    flip = flip_doubling(args.flip, data.name if named else "", args.ipc, n_s, dim, data.flip)
+    n_s = args.ipc * len(counts)
+    known = "continual" if args.application == "continual" else data.name if named else ""
+    flip = flip_doubling(args.flip, known, args.ipc, n_s, dim, data.flip)
     n_all = 2 * n_s if flip else n_s
     whitened = args.zca and data.channels > 1
     if whitened:
         zca_stride(data.size)  # refuses a size now
+    recipe = Recipe(
+        steps=args.eval_steps or student_steps(n_s, dict(frepo=STEPS, isa=STEPS_ISA)[args.eval_table]),
+        runs=args.eval_runs,
+        batch=args.eval_batch,
+        lr=args.eval_lr,
+        loss=args.eval_loss,
+        temperature=args.eval_temperature,
+        dsa=strategy,
+        strengths=args.eval_dsa_strengths,
+        shared=args.eval_dsa_shared,
+        shuffle=args.eval_shuffle,
+        ridge=args.ridge,
+        flip=flip,
+    )
+    labels = partial(start_labels, classes=classes)
+    whiten = partial(fit_zca, data_dir=args.data_dir, reg=args.zca_reg) if whitened else lambda data: None
+    if applied:
+        start = partial(Run, __file__, args, data.name, data.content)
+        shared = dict(widths=args.widths, seed=args.seed, cache_gb=args.cache_gb)
+        if args.application == "continual":
+            return continual(
+                main, data, start, recipe, labels, whiten, steps=args.class_steps, order=args.class_order,
+                updates=args.eval_steps, models=args.eval_models, all_real=args.full_row, **shared,
+            )  # fmt: skip
+        return membership(
+            main, data, start, recipe, labels, whiten, ipc=args.ipc, members=args.members, chunk=args.member_chunk,
+            updates=args.attack_updates, target=args.attack_target, attacked=args.attack_students,
+            model=args.eval_models[0], **shared,
+        )  # fmt: skip
     image, kept, phases = memory_needs(
         make_net, data, curve_data if args.holdout else None, n_all, whitened, device, args
     )
@@ -535,7 +600,8 @@ def main(args: Args) -> dict:
     run = Run(__file__, args, data.name, data.content)
     args = run.args
     mean, std = data.mean.to(device), data.std.to(device)
-    zca = fit_zca(data, args.data_dir, args.zca_reg).to(device) if whitened else None
+    zca = zca or whiten(data)
+    zca = zca and zca.to(device)
     # each set of images whitened once if it fits what the ones before left of --cache-gb; index (B,) -> (B, C, H, W)
     room = partial(Inputs, mean=mean, std=std, zca=zca, device=device, spare=need - kept)
     train = room(data.x_train, gigabytes=args.cache_gb)
@@ -579,20 +645,6 @@ def main(args: Args) -> dict:
         states = dict(optimizer=optimizer.state_dict(), schedule=schedule.state_dict(), pool=pool.state_dict())
         run.save(step, checked=checked, x_s=x_s.detach(), y_s=y_s.detach(), curve=curve, **states)
 
-    recipe = Recipe(
-        steps=args.eval_steps or student_steps(n_s, dict(frepo=STEPS, isa=STEPS_ISA)[args.eval_table]),
-        runs=args.eval_runs,
-        batch=args.eval_batch,
-        lr=args.eval_lr,
-        loss=args.eval_loss,
-        temperature=args.eval_temperature,
-        dsa=strategy,
-        strengths=args.eval_dsa_strengths,
-        shared=args.eval_dsa_shared,
-        shuffle=args.eval_shuffle,
-        ridge=args.ridge,
-        flip=flip,
-    )
     rows = ("random_real", "distilled") + (("all_real",) if args.full_row else ())
     seconds = partial(predict_seconds, data, n_s, classes, args.widths, device, recipe)
     seconds_all = seconds(args.eval_models, rows)
@@ -643,8 +695,8 @@ def main(args: Args) -> dict:
 
     def evaluate(distilled: Distilled, scored: Data, inputs: Inputs, models, rows) -> dict[str, dict[str, dict]]:
         return evaluate_students(
-            distilled, scored, train, inputs, partial(start_labels, classes=classes), args.widths, device, recipe,
-            args.seed, models, rows, run.file("evaluation.json"),
+            distilled, scored, train, inputs, labels, args.widths, device, recipe, args.seed, models, rows,
+            run.file("evaluation.json"),
         )  # fmt: skip
 
     def curve_point(step: int) -> None:

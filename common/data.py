@@ -172,6 +172,16 @@ def hold_out(data: Data, fraction: float, seed: int) -> tuple[Data, Data]:
     return rest, dataclasses.replace(rest, x_test=data.x_train[held], y_test=y_held)
 
 
+def part_of(data: Data, train: Tensor, test: Tensor, *words) -> Data:
+    """Some of a set's training and test images, by index or mask, copied; classes keep their numbers and names.
+
+    Mean and std stay those of `data`; words: what the part is called in the key of teachers and checkpoints.
+    """
+    content = _sha256(data.content, "part", *words)
+    parts = dict(x_train=data.x_train[train], y_train=data.y_train[train], x_test=data.x_test[test])
+    return dataclasses.replace(data, **parts, y_test=data.y_test[test], content=content)
+
+
 def normalise(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """Network input, float32 (N, C, H, W), from uint8 pixels or from floats where 1.0 is white."""
     x = x.float() / 255 if x.dtype == torch.uint8 else x.float()

@@ -204,7 +204,7 @@ def evaluate_pairs(
     n_s = len(distilled.x)
     steps = protocol.epochs * -(-n_s // protocol.batch)  # all rows take the same number of SGD steps
     sgd = dict(batch=protocol.batch, lr=protocol.lr, momentum=protocol.momentum, weight_decay=protocol.weight_decay)
-    scored = Scored(keep, distilled, data, protocol, seed)
+    scored = Scored(keep, protocol, distilled.x, distilled.y, data.content, seed, distilled.meta.get("teacher"))
     bar = tqdm(total=len(rows) * protocol.runs, desc="evaluation", leave=False, mininterval=1, dynamic_ncols=True)
     for row in rows:
         for run in range(protocol.runs):
@@ -240,13 +240,16 @@ def evaluate_pairs(
 
 
 class Scored:
-    """Scores of the networks so far, {row: [scores of the first network, ...]}, in memory and in a file."""
+    """Scores of the networks so far, {row: [scores of the first network, ...]}, in memory and in a file.
 
-    def __init__(self, path: Path | None, distilled: Distilled, data: Data, protocol: Protocol, seed: int):
+    protocol: a dataclass with `runs`, the networks of a row; x, y: the set that is scored; facts: all else that the
+    scores depend on. A file made from anything else is not read.
+    """
+
+    def __init__(self, path: Path | None, protocol, x: Tensor, y: Tensor, *facts):
         recipe = asdict(protocol) | {"runs": None}  # more networks can be added to those that are there
-        words = json.dumps([recipe, data.content, seed, distilled.meta.get("teacher")], sort_keys=True, default=str)
-        key = hashlib.sha256(words.encode())
-        key.update(distilled.x.numpy().tobytes() + distilled.y.numpy().tobytes())
+        key = hashlib.sha256(json.dumps([recipe, *facts], sort_keys=True, default=str).encode())
+        key.update(x.numpy().tobytes() + y.numpy().tobytes())
         self.path, self.key, self.rows = path, key.hexdigest(), {}
         try:
             kept = json.loads(path.read_text()) if path is not None else {}

@@ -108,7 +108,7 @@ def fail(line: str) -> None:
 
 def kept() -> str:
     """The end of an error line: how to go on, once a run has a checkpoint."""
-    if Run.latest is None or not (Run.latest / "checkpoint.pt").exists():
+    if Run.latest is None or not any(Run.latest.rglob("checkpoint.pt")):
         return ""
     return f"; the last checkpoint stays: --resume {shlex.quote(str(Run.latest))}"
 
@@ -432,7 +432,8 @@ class Run:
             shutil.copy(script, self.folder / "script.py")
         self.args = args
         write_json(self.folder / "args.json", dataclasses.asdict(args))
-        Run.latest = self.folder
+        if Run.latest is None or Run.latest != self.folder.parent:  # a part of a run goes on with the run
+            Run.latest = self.folder
         self.start = self.state["step"] if self.state else 0
         self.seconds_before = self.state["seconds"] if self.state else 0.0
         self.began = time.monotonic()
@@ -442,7 +443,7 @@ class Run:
         self.interval, self.terms, self.checked, self.saved = Interval(args.save_minutes), "", self.start, self.start
         self.pauses = self.ticked = 0.0
         print(f"run: {self.folder} on {device_words(self.device)}, torch {torch.__version__}", flush=True)
-        if args.resume:
+        if self.state:
             print(f"run: resumed at step {self.start}", flush=True)
 
     def reopen(self, args):
@@ -451,9 +452,11 @@ class Run:
         parts = self.folder.resolve().name.rsplit("__", 3)  # data, script, seed, time
         if len(parts) == 4 and parts[1] != self.name:
             raise UserError(f"--resume {self.folder}: a run of {parts[1]}.py, not of {self.name}.py")
+        if (self.folder.parent / "args.json").exists() and Run.latest != self.folder.parent:
+            raise UserError(f"--resume {self.folder}: a part of the run {self.folder.parent}: resume that")
         args = fill(args, saved)
         for key, value in dataclasses.asdict(args).items():
-            free = key in FREE_ON_RESUME or key.startswith("eval_")
+            free = key in FREE_ON_RESUME or key.startswith(("eval_", "attack_"))
             if not free and value != saved[key]:
                 flag = "--" + key.replace("_", "-")
                 raise UserError(f"--resume: {flag} was {saved[key]}, now {value}; drop the flag or start a new run")
@@ -468,6 +471,19 @@ class Run:
 
     def file(self, name: str) -> Path:
         return self.folder / name
+
+    def part(self, name: str, **changes):
+        """The args of a run in the folder `name` inside this one's, of the same script: begun, or gone on with.
+
+        changes: of this run's args. A part is a whole run, which goes on when this one does.
+        """
+        folder = self.file(name)
+        args = dataclasses.replace(self.args, resume=str(folder), **changes)
+        if not (folder / "args.json").exists():
+            folder.mkdir(exist_ok=True)
+            shutil.copy(self.file("script.py"), folder)
+            write_json(folder / "args.json", dataclasses.asdict(args))
+        return args
 
     def seconds(self) -> float:
         """Seconds this run has taken, the sessions before a resume included."""

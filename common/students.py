@@ -68,11 +68,17 @@ def student_lr(step: int, recipe: Recipe) -> float:
     return recipe.lr * (recipe.lr_end + (1 - recipe.lr_end) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def student_loss(scores: Tensor, y: Tensor, loss: str, temperature: float) -> Tensor:
-    """scores, y: (B, C). mse: half the squared error summed over the classes, mean over the batch."""
+def losses_of(scores: Tensor, y: Tensor, loss: str, temperature: float) -> Tensor:
+    """Of each image, (B,). scores, y: (B, C). mse: half the squared error summed over the classes."""
     if loss == "mse":
-        return 0.5 * (scores - y).square().sum(1).mean()
-    return F.cross_entropy(scores, y.argmax(1) if loss == "xent" else (y / temperature).softmax(1))
+        return 0.5 * (scores - y).square().sum(1)
+    target = y.argmax(1) if loss == "xent" else (y / temperature).softmax(1)
+    return F.cross_entropy(scores, target, reduction="none")
+
+
+def student_loss(scores: Tensor, y: Tensor, loss: str, temperature: float) -> Tensor:
+    """Mean of losses_of over the batch."""
+    return losses_of(scores, y, loss, temperature).mean()
 
 
 @lru_cache(maxsize=2)
@@ -91,16 +97,19 @@ def stream_index(step: int, n: int, batch: int, shuffle: bool, *key) -> Tensor:
     return torch.cat([epoch_order(n, *key, epoch)[(places % n)[places // n == epoch]] for epoch in epochs])
 
 
-def fit_student(net: nn.Module, images: Callable[[Tensor], Tensor], y: Tensor, recipe: Recipe, *key) -> None:
+def fit_student(
+    net: nn.Module, images: Callable[[Tensor], Tensor], y: Tensor, recipe: Recipe, *key, after=lambda done: None
+) -> None:
     """Train net on n labelled images, in place: Adam, the schedule of `student_lr`, DSA on every batch.
 
     images: places (B,) -> network inputs (B, C, H, W) float32 on y's device; y: (n, C) scores; key: of the order and
-    the augmentation. The net stays in train mode. Raises UserError if the last loss is not finite.
+    the augmentation; after: called with the number of updates done, after each. The net stays in train mode. Raises
+    UserError if the last loss is not finite.
     """
-    net.train()
     optimizer = torch.optim.Adam(net.parameters(), lr=recipe.lr, foreach=True)
     generator = rng("student augmentation", *key)
     for step in range(recipe.steps):
+        net.train()
         index = stream_index(step, len(y), recipe.batch, recipe.shuffle, *key)
         x = dsa(images(index), generator, recipe.dsa, recipe.strengths, recipe.shared)
         loss = student_loss(net(x), y[upload(index, y.device)], recipe.loss, recipe.temperature)
@@ -108,6 +117,8 @@ def fit_student(net: nn.Module, images: Callable[[Tensor], Tensor], y: Tensor, r
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        after(step + 1)
+    net.train()
     if not loss.isfinite():
         raise UserError(f"a student of {len(y)} images ended at loss {loss.item()}; lower --eval-lr {recipe.lr}")
 
@@ -157,7 +168,7 @@ def evaluate_students(
     classes = distilled.y.shape[1]
     tested = hashlib.sha256(data.x_test.contiguous().numpy()).hexdigest()  # the parts of hold_out share their content
     x_s, y_s = distilled.inputs().to(device), distilled.y.to(device)
-    scored = Scored(keep, distilled, replace(data, content=f"{data.content} {tested}"), recipe, seed)
+    scored = Scored(keep, recipe, distilled.x, distilled.y, data.content, tested, seed)
     bar = tqdm(total=len(rows) * len(models) * recipe.runs, desc="students", leave=False, mininterval=1)
     for row in rows:
         for model in models:
@@ -193,7 +204,7 @@ def images_of(
     if row == "distilled":
         return lambda index: x_s[upload(index, device)], y_s
     if row == "random_real":
-        real = per_class(data.y_train, len(y_s) // y_s.shape[1], "random real", seed, run)
+        real = per_class(data.y_train, len(y_s) // len(data.y_train.unique()), "random real", seed, run)
         x = train(real)
         return lambda index: x[upload(index, device)], labels(data.y_train[real]).to(device)
     return train, labels(data.y_train).to(device)
