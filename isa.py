@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import kernels
-from common.applications import continual, membership
+from common.applications import CHUNK_BATCH, continual, membership
 from common.artefact import Distilled, load_distilled, save_distilled
 from common.augment import dsa_strategy, upload
 from common.data import Data, Inputs, Zca, denormalise, describe, fit_zca, hold_out, load, zca_stride
@@ -189,10 +189,11 @@ class Args:
     full_row: bool = False
     """add a row of students of all real images, for as many updates"""
 
-    # the applications, in common/applications.py; their students: --eval-*
+    # the applications, in common/applications.py
     application: Literal["none", "continual", "membership"] = "none"
-    """continual: the classes come in steps, each distilled alone, students learn from all steps so far; membership: a
-    chunk of the images is distilled, and its students are attacked: was an image in the chunk?"""
+    """continual: classes come in steps, each distilled alone, and students (--eval-*, 0 updates: 10,000) learn from all
+    so far; membership: a chunk of the images is distilled, and students at a constant rate, in batches of 256, of all
+    real images in 1024, are attacked: was an image in the chunk?"""
     class_steps: int = 5
     """continual: steps (published 5 and 10)"""
     class_order: int = 0
@@ -200,7 +201,8 @@ class Args:
     members: int | None = None
     """membership: images of a chunk (published 10,000); None: from the preset"""
     member_chunk: int = 0
-    """membership: which chunk, in the order of the file (published 0 to 4)"""
+    """membership: which chunk, in the order of the file, or of a fixed draw if that is class after class (published 0
+    to 4)"""
     attack_updates: tuple[int, ...] | None = None
     """membership: updates of a student when it is tested and attacked (published 100 250 500 1000 2000 4000 8000
     16000); None: from the preset"""
@@ -269,7 +271,7 @@ STRATEGIES = {  # of DSA, as published
 FLIP = {  # published: by set, by set and images per class, or by application
     "mnist": False, "fashion_mnist": False, "cifar10": True, "cub200": True, "imagenette": True, "imagewoof": True,
     ("cifar100", 1): True, ("cifar100", 10): False, ("cifar100", 50): False, ("tiny_imagenet", 1): True,
-    ("tiny_imagenet", 10): False, "imagenet": False, "continual": True,
+    ("tiny_imagenet", 10): False, "imagenet": False, "continual": True, "membership": True,
 }  # fmt: skip
 
 
@@ -485,6 +487,8 @@ def memory_needs(
         "--ipc": kernel,
     }
     n_b = min(len(data.x_train) if args.full_row else n_s, args.eval_batch)
+    if args.application == "membership":
+        n_b = max(n_b, min(args.members, CHUNK_BATCH))
     score = {"--eval-batch or --eval-models": max(n_b, BLOCK) * student, "--ipc": kernel}
     phases = {"outer step": step, "training of the pool": {"--ipc": min(n_s, args.online_batch) * train}}
     if zca and device.type == "cpu":  # float64: moments, covariance, vectors and what the decomposition takes
@@ -508,9 +512,7 @@ def main(args: Args, part: Data | None = None, zca: Zca | None = None) -> dict:
         skip_bad_images=args.skip_bad_images,
     )
     check_limits(args, {(0, 0.9): "holdout"})
-    applied = part is None and args.application != "none"
-    holdout = args.holdout and not applied  # in each part
-    data, curve_data = hold_out(data, args.holdout, args.split_seed) if holdout else (data, data)
+    data, curve_data = hold_out(data, args.holdout, args.split_seed) if args.holdout else (data, data)
     named = args.size in (None, SIZES[args.data]) if args.data in SIZES else data.native
     preset = preset_name(PRESETS, args.preset, data.name, named, data.size)
     args = fill(args, PRESETS[preset])
@@ -531,9 +533,10 @@ def main(args: Args, part: Data | None = None, zca: Zca | None = None) -> dict:
         raise UserError("--select best: chooses a point of the curve; give --eval-every, and --holdout 0.1")
     if not args.eval_models:
         raise UserError("--eval-models: give at least one, for instance conv")
-    if args.application == "membership" and (args.holdout or len(args.eval_models) > 1):
-        raise UserError("--application membership: takes no --holdout (all images of the chunk are members) and one of "
-                        "--eval-models")  # fmt: skip
+    if args.application != "none" and args.holdout:
+        raise UserError(f"--holdout: --application {args.application} takes all images; drop one of the two")
+    if args.application == "membership" and len(args.eval_models) > 1:
+        raise UserError("--eval-models: --application membership takes one of them")
     for model in args.eval_models:  # what is wrong with one is said now
         with torch.device("meta"):
             frepo_student(model, data.channels, data.size, classes, args.widths)
@@ -549,8 +552,9 @@ def main(args: Args, part: Data | None = None, zca: Zca | None = None) -> dict:
     with torch.device("meta"):
         dim = make_net().dim
     n_s = args.ipc * len(counts)
-    known = "continual" if args.application == "continual" else data.name if named else ""
-    flip = flip_doubling(args.flip, known, args.ipc, n_s, dim, data.flip)
+    known = args.application if args.application != "none" else data.name if named else ""
+    mirror = data.flip and (data.channels > 1 or known != "membership")
+    flip = flip_doubling(args.flip, known, args.ipc, n_s, dim, mirror)
     n_all = 2 * n_s if flip else n_s
     whitened = args.zca and data.channels > 1
     if whitened:
@@ -571,7 +575,17 @@ def main(args: Args, part: Data | None = None, zca: Zca | None = None) -> dict:
     )
     labels = partial(start_labels, classes=classes)
     whiten = partial(fit_zca, data_dir=args.data_dir, reg=args.zca_reg) if whitened else lambda data: None
-    if applied:
+    image, kept, phases = memory_needs(
+        make_net, data, curve_data if args.holdout else None, n_all, whitened, device, args
+    )
+    chunk = args.chunk or fit_chunk(n_all, image, sum(phases["outer step"].values()), device)
+    phases["outer step"]["--chunk"] = min(chunk, n_all) * image
+    need = check_memory(phases, device)
+    try:
+        ridge = kernels.describe(args.ridge_precision, device, args.backend)
+    except ValueError as error:  # float64 or Triton where the device has none
+        raise UserError(f"--ridge-precision or --backend: {error}") from None
+    if args.application != "none" and part is None:  # else this is a part's run
         start = partial(Run, __file__, args, data.name, data.content)
         shared = dict(widths=args.widths, seed=args.seed, cache_gb=args.cache_gb)
         if args.application == "continual":
@@ -584,20 +598,9 @@ def main(args: Args, part: Data | None = None, zca: Zca | None = None) -> dict:
             updates=args.attack_updates, target=args.attack_target, attacked=args.attack_students,
             model=args.eval_models[0], **shared,
         )  # fmt: skip
-    image, kept, phases = memory_needs(
-        make_net, data, curve_data if args.holdout else None, n_all, whitened, device, args
-    )
-    if args.chunk is None:
-        args = replace(args, chunk=fit_chunk(n_all, image, sum(phases["outer step"].values()), device))
-    phases["outer step"]["--chunk"] = min(args.chunk, n_all) * image
-    need = check_memory(phases, device)
-    try:
-        ridge = kernels.describe(args.ridge_precision, device, args.backend)
-    except ValueError as error:  # float64 or Triton where the device has none
-        raise UserError(f"--ridge-precision or --backend: {error}") from None
     print(ridge)
     print(f"distilled: {n_s} images, {'and mirrored' if flip else 'not mirrored'}, {dim} features")
-    run = Run(__file__, args, data.name, data.content)
+    run = Run(__file__, replace(args, chunk=chunk), data.name, data.content)
     args = run.args
     mean, std = data.mean.to(device), data.std.to(device)
     zca = zca or whiten(data)

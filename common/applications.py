@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from common.artefact import Distilled, load_distilled, save_distilled
+from common.augment import upload
 from common.data import Data, Inputs, Zca, part_of
-from common.evaluate import Scored, summarise
+from common.evaluate import Scored, accuracy, summarise
 from common.models import frepo_student
 from common.run import (
     FREE_ON_RESUME,
@@ -42,10 +43,8 @@ from common.run import (
 from common.students import BLOCK, Recipe, evaluate_students, fit_student, losses_of, per_class
 
 CONTINUAL_UPDATES = 10_000  # of a student after every step (published)
-SMALL_BATCH, CHUNK_BATCH = (
-    256,
-    1024,
-)  # images of an update in the membership runs: of a small set, of a chunk (published)
+SMALL_BATCH, CHUNK_BATCH = 256, 1024  # images of an update, attacked students: of a small set, of a chunk (published)
+LEAST_ATTACKED = 20  # members, and as many others
 Z_95 = 1.959964  # standard errors to either side of a 95 % interval
 
 
@@ -62,17 +61,22 @@ class Subset:
         return self.inputs(self.index[places])
 
 
-def distilled_part(distil: Callable, run: Run, name: str, part: Data, zca: Zca | None) -> Distilled:
+def distilled_part(distil: Callable, run: Run, step: int, name: str, part: Data, zca: Zca | None) -> Distilled:
     """The set that distil, the script's main, makes of a part of the data, by a run in the folder `name` of `run`.
 
-    A finished one is read, a begun one goes on. Its own evaluation is one student a row, as published.
+    A finished one is read, a begun one goes on. Its own evaluation is one student a row, as published, of the first
+    model. step: of the application's checkpoint.
     """
-    folder = run.file(name)
-    if not (folder / "result.json").exists():
-        if (folder / "checkpoint.pt").exists():  # of a session that is over
+    folder, counted = run.file(name), run.state["counted"] if run.state else []
+    if name not in counted:  # its seconds in sessions that are over, which this run's checkpoint has not met
+        if (folder / "result.json").exists():
+            run.seconds_before += json.loads((folder / "result.json").read_text())["seconds"]
+        elif (folder / "checkpoint.pt").exists():
             run.seconds_before += load_checkpoint(folder / "checkpoint.pt")["seconds"]
+    if not (folder / "result.json").exists():
         distil(run.part(name, eval_runs=1, eval_models=run.args.eval_models[:1], full_row=False), part, zca)
-        run.save(run.start)
+    run.state = {"counted": [*counted, name]}
+    run.save(step, **run.state)
     return load_distilled(folder / "distilled.safetensors", run.name)
 
 
@@ -86,6 +90,11 @@ def class_groups(classes: int, steps: int, seed: int) -> list[list[int]]:
     """
     order = np.random.RandomState(seed).permutation(classes)
     return [group.tolist() for group in np.array_split(order, steps)]
+
+
+def places_of(y: Tensor, classes: list[int]) -> Tensor:
+    """Where labels y (N,) are of one of the classes."""
+    return torch.isin(y, torch.tensor(classes)).nonzero()[:, 0]
 
 
 def continual(
@@ -107,54 +116,58 @@ def continual(
 ) -> dict:
     """Classes come in steps; each step distils its own alone. After each, students are trained from scratch on all that
     was distilled so far and tested on the test images of all classes seen, each of which they may take for any class.
+    Beside them students of as many random real images of the classes seen, drawn anew for every student and step.
 
     distil(args, part of the data, whitening): the script's main. start: makes or opens the run's folder, once what was
     asked is known to be possible. recipe: the students', but for their updates, where 0 is as published. labels: class
     numbers -> scores. whiten: data -> its whitening; that of all classes, as published. steps, order: see class_groups.
     models, widths: of the students. all_real: a row of students of all real images of the classes seen. cache_gb: 10^9
     bytes for whitened images.
-    Returns the contents of result.json. Raises UserError for more steps than classes.
+    Returns the contents of result.json. Raises UserError for more steps than classes, or one without a test image.
     """
     if not 1 <= steps <= data.num_classes:
         raise UserError(f"--class-steps {steps}: must be 1 to {data.num_classes}, the number of classes")
     groups = class_groups(data.num_classes, steps, order)
+    for step, group in enumerate(groups, 1):
+        if not len(places_of(data.y_test, group)):
+            names = ", ".join(data.class_names[label] for label in group)
+            raise UserError(f"--class-steps {steps}: step {step} ({names}) has no test image; take fewer steps")
     recipe = replace(recipe, steps=updates or CONTINUAL_UPDATES)
     rows = ("random_real", "distilled") + (("all_real",) if all_real else ())
     run = start()
     zca = whiten(data)
-    test = Inputs(data.x_test, data.mean, data.std, zca, run.device, cache_gb)
-    train = Inputs(data.x_train, data.mean, data.std, zca, run.device, (cache_gb - test.gigabytes) * all_real)
-    sets, curves = [], {row: {model: [] for model in (*models, "krr")} for row in rows}
-    if all_real:
-        del curves["all_real"]["krr"]
-    for step in range(1, steps + 1):
-        group, seen = groups[step - 1], torch.tensor([label for group in groups[:step] for label in group])
+
+    def score(memory: Distilled, step: int) -> dict:
+        """Of students of the memory, tested on all classes seen."""
+        seen = [label for group in groups[:step] for label in group]
+        of_train, of_test = places_of(data.y_train, seen), places_of(data.y_test, seen)
+        test = Inputs(data.x_test, data.mean, data.std, zca, run.device, cache_gb)
+        train = Inputs(data.x_train, data.mean, data.std, zca, run.device, (cache_gb - test.gigabytes) * all_real)
+        part = part_of(data, torch.arange(0), of_test, "classes", sorted(seen))
+        part = replace(part, y_train=data.y_train[of_train])  # real images are drawn from `train`
+        return evaluate_students(
+            memory, part, Subset(train, of_train), Subset(test, of_test), labels, widths, run.device, recipe, seed,
+            models, rows, run.file(f"students_{step}.json"),
+        )  # fmt: skip
+
+    x, y, curves = [], [], {row: {} for row in rows}
+    for step, group in enumerate(groups, 1):
         names = ", ".join(data.class_names[label] for label in group)
-        print(f"continual: step {step} of {steps}: {len(group)} classes: {names}")
-        places = [torch.isin(y, torch.tensor(group)).nonzero()[:, 0] for y in (data.y_train, data.y_test)]
-        sets.append(distilled_part(distil, run, f"step_{step}", part_of(data, *places, "classes", sorted(group)), zca))
-        memory = replace(sets[-1], x=torch.cat([each.x for each in sets]), y=torch.cat([each.y for each in sets]))
-        places = [torch.isin(y, seen).nonzero()[:, 0] for y in (data.y_train, data.y_test)]
-        scores = evaluate_students(
-            memory,
-            part_of(data, *places, "classes", sorted(seen.tolist())),
-            Subset(train, places[0]),
-            Subset(test, places[1]),
-            labels,
-            widths,
-            run.device,
-            recipe,
-            seed,
-            models,
-            rows,
-            run.file(f"students_{step}.json"),
-        )
-        for row, of_row in curves.items():
-            for measure, points in of_row.items():
-                points.append({"at": len(seen), "images": len(memory.x)} | scores[row][measure])
-                run.log_evaluation(len(seen), {f"{row}/{measure}": points[-1]["mean"]})
-        run.save(step)
+        print(f"continual: step {step} of {steps}: {len(group)} classes: {names}", flush=True)
+        places = places_of(data.y_train, group), places_of(data.y_test, group)
+        part = part_of(data, *places, "classes", sorted(group))
+        made = distilled_part(distil, run, step - 1, f"step_{step}", part, zca)
+        x.append(made.x), y.append(made.y)
+        memory = replace(made, x=torch.cat(x), y=torch.cat(y))
+        scores, seen = score(memory, step), sum(map(len, groups[:step]))
+        for row, of_row in scores.items():
+            for measure, summary in of_row.items():
+                curves[row].setdefault(measure, []).append({"at": seen, "images": len(memory.x)} | summary)
+                run.log_evaluation(step, {f"{row}/{measure}": summary["mean"]})
+        run.save(step, **run.state)
         print(of_text({row: {m: points[-1:] for m, points in of_row.items()} for row, of_row in curves.items()}))
+        left = run.seconds() / step * (steps - step)
+        print(f"continual: step {step} of {steps} is done, about {tqdm.format_interval(left)} to go", flush=True)
     save_distilled(
         run.file("distilled.safetensors"),
         memory.x,
@@ -171,7 +184,7 @@ def continual(
         seed=seed,
         recipe=asdict(recipe),
         zca=zca,
-        extra=dict(class_groups=groups),
+        extra=dict(class_groups=groups) | {key: made.meta[key] for key in ("ipc", "flip", "widths", "eval_models")},
     )
     caption = (
         f"{data.name}, {steps} steps, class order {order}, {run.name}: by classes seen, test accuracy among them in "
@@ -228,7 +241,8 @@ def attack(
 
     members, others: what the student says of as many images of either kind: scores (n, C), losses (n,), labels (n,).
     key: of the split. threshold: the loss itself. The others are trained on one half of the images to tell members from
-    scores, loss and label, attack the other half, and the other way round; the AUC is the mean of the two.
+    scores, loss and label, attack the other half, and the other way round; the AUC is the mean of the two, and so is
+    its error: what one half shows by chance is learned for the other, so that they err together.
     """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.model_selection import StratifiedKFold
@@ -249,7 +263,7 @@ def attack(
                 score = classifier.fit(x[train], is_member[train]).predict_proba(x[test])[:, 1]
             parts.append(auc(score[is_member[test] == 1], score[is_member[test] == 0]))
         (auc_1, se_1), (auc_2, se_2) = parts
-        results[name] = ((auc_1 + auc_2) / 2, (se_1**2 + se_2**2) ** 0.5 / 2)
+        results[name] = ((auc_1 + auc_2) / 2, (se_1 + se_2) / 2)
     return results
 
 
@@ -260,6 +274,15 @@ def outputs(net: nn.Module, inputs, index: Tensor) -> Tensor:
     scores = torch.cat([net(inputs(block)) for block in index.split(BLOCK)]).cpu()
     net.train()
     return scores
+
+
+def chunk_order(y: Tensor) -> Tensor:
+    """The order in which a set with labels y (N,) is cut into chunks: as it is stored, as published.
+
+    FRePo's departure 15: sets that are stored class after class, as all folders are, are shuffled once for all.
+    """
+    by_class = bool((y[1:] >= y[:-1]).all())
+    return torch.randperm(len(y), generator=rng("chunks")) if by_class else torch.arange(len(y))
 
 
 def membership(
@@ -285,14 +308,14 @@ def membership(
 
     Rows, all labelled and trained alike at a constant rate: distilled; random_real, as many images of the chunk, drawn
     anew for each student; unseen_real, as many from outside the chunk: its AUC is what differs between the training and
-    the test images themselves, chance for images from one source; all_real, the whole chunk.
+    the test images themselves; all_real, the whole chunk.
     Members are images of the chunk, others test images, in equal numbers.
 
-    distil .. whiten: see `continual`; the whitening is the chunk's. ipc: images per class; members: images of a chunk;
-    chunk: which, in the order of the file; updates: of a student when it is tested and attacked; attacked: students of
-    a row that are attacked; target "initial": the images and labels that distillation starts from in place of what it
-    ends with. model, widths: of the students. Returns the contents of result.json. Raises UserError for a chunk beyond
-    the images, or one without ipc images of each class.
+    distil .. whiten: see `continual`; the whitening is that of the images outside the chunk. ipc: images per class;
+    members: images of a chunk; chunk: which, see chunk_order; updates: of a student when it is tested and attacked;
+    attacked: students of a row that are attacked; target "initial": the images and labels that distillation starts from
+    in place of what it ends with. model, widths: of the students. Returns the contents of result.json.
+    Raises UserError for a chunk beyond the images, one without ipc images of each class, and too few to attack.
     """
     updates, chunks = sorted(set(updates)), len(data.x_train) // members
     if not updates:
@@ -301,9 +324,16 @@ def membership(
         raise UserError(f"--members {members}: must be at most {len(data.x_train)}, the training images")
     if chunk >= chunks:
         raise UserError(f"--member-chunk {chunk}: must be 0 to {chunks - 1}, there are {chunks} chunks of {members}")
-    inside = torch.arange(len(data.x_train)) // members == chunk
-    smallest, outside = (
-        int(y.bincount(minlength=data.num_classes).min()) for y in (data.y_train[inside], data.y_train[~inside])
+    n = min(members, len(data.x_test))  # members that are attacked, and as many others
+    if n < LEAST_ATTACKED:
+        raise UserError(
+            f"--members {members}, {len(data.x_test)} test images: an attack needs {LEAST_ATTACKED} of each"
+        )
+    order = chunk_order(data.y_train)
+    of_chunk = torch.arange(len(order)) // members == chunk
+    inside, outside = order[of_chunk], order[~of_chunk]
+    smallest, smallest_outside = (
+        int(data.y_train[index].bincount(minlength=data.num_classes).min()) for index in (inside, outside)
     )
     if ipc > smallest:
         raise UserError(f"--ipc {ipc}: must be at most {smallest}, the images of a class in chunk {chunk}; or raise "
@@ -312,44 +342,57 @@ def membership(
     # FRePo's departure 12: one student is measured at all numbers of updates, as its rate is constant
     recipe = replace(recipe, steps=updates[-1], warm_up=0, lr_end=1.0)
     run = start()
-    zca = whiten(part)
+    # FRePo's departure 16: its own whitening would give the chunk away, as whitened members are shorter than others
+    zca = whiten(part_of(data, outside, torch.arange(0), "outside", members, chunk) if len(outside) else data)
     test = Inputs(part.x_test, data.mean, data.std, zca, run.device, cache_gb)
     train = Inputs(part.x_train, data.mean, data.std, zca, run.device, cache_gb - test.gigabytes)
-    rest = Subset(Inputs(data.x_train, data.mean, data.std, zca, run.device, 0.0), (~inside).nonzero()[:, 0])
+    unseen = Subset(Inputs(data.x_train, data.mean, data.std, zca, run.device, 0.0), outside)
     if target == "learned":
-        made = distilled_part(distil, run, "chunk", part, zca)
+        made = distilled_part(distil, run, 0, "chunk", part, zca)
         own, x_s, y_s = "distilled", made.inputs(), made.y
     else:  # FRePo's departure 14: what the released script does by mistake
         index = per_class(part.y_train, ipc, "initial images", seed)  # the script's own draw
         own, x_s, y_s = "initial_real", train(index).cpu(), labels(part.y_train[index])
+        run.save(0)
 
-    def images_of(row: str, student: int) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    def trained_on(row: str, student: int) -> tuple[Callable[[Tensor], Tensor], Tensor]:
         """(places -> network inputs, labels (n, C)) of a row's student."""
         if row == "all_real":
             return train, labels(part.y_train).to(run.device)
-        if row == own:
-            x, y = x_s, y_s
-        else:
-            of, of_y = (train, part.y_train) if row == "random_real" else (rest, data.y_train[~inside])
-            index = per_class(of_y, ipc, row.replace("_", " "), seed, student)
-            x, y = of(index), labels(of_y[index])
+        x, y = x_s, y_s
+        if row != own:
+            inputs, y = (train, part.y_train) if row == "random_real" else (unseen, data.y_train[outside])
+            index = per_class(y, ipc, row.replace("_", " "), seed, student)
+            x, y = inputs(index), labels(y[index])
         x = x.to(run.device)
-        return lambda index: x[index.to(run.device)], y.to(run.device)
+        return lambda index: x[upload(index, run.device)], y.to(run.device)
 
-    def said(net: nn.Module, inputs, y: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What an attacker gets of the images at index: scores, losses, labels."""
-        scores = outputs(net, inputs, index)
-        return scores, losses_of(scores, labels(y[index]), recipe.loss, recipe.temperature), y[index]
+    attacked_images = [torch.randperm(len(x), generator=rng("attacked", seed))[:n] for x in (train, test)]
 
-    n = min(len(train), len(test))  # members, and as many others
-    picked = [torch.randperm(len(x), generator=rng("attacked", seed))[:n] for x in (train, test)]
+    def measured(net: nn.Module, student: int) -> dict:
+        """Accuracies and attacks of a student as it is."""
+        answers = []
+        for inputs, y, index in zip((train, test), (part.y_train, data.y_test), attacked_images, strict=True):
+            scores = outputs(net, inputs, index)
+            if not scores.isfinite().all():
+                raise UserError(f"a student's scores are not finite; lower --eval-lr {recipe.lr}")
+            answers.append((scores, losses_of(scores, labels(y[index]), recipe.loss, recipe.temperature), y[index]))
+        members, others = answers
+        point = {
+            "accuracy": accuracy(outputs(net, test, torch.arange(len(test))), data.y_test),
+            "accuracy on members": accuracy(members[0], members[2]),
+        }
+        if student < attacked:
+            point |= {f"AUC {name}": found for name, found in attack(members, others, seed, student).items()}
+        return point
+
     rows = ["random_real", own, "unseen_real", "all_real"]
-    if ipc > outside:
+    if ipc > smallest_outside:
         rows.remove("unseen_real")
-        print(f"membership: no row of unseen images: {outside} images of a class are outside the chunk")
-    print(f"membership: {n} members, {n} others")
+        print(f"membership: no row of unseen images: {smallest_outside} images of a class are outside the chunk")
+    print(f"membership: {n} members, {n} others", flush=True)
     facts = [part.content, own, updates, attacked, model, seed]
-    scored = Scored(run.file("students.json"), recipe, x_s, y_s, *facts)
+    scored = Scored(run.file(f"students_{target}.json"), recipe, x_s, y_s, *facts)
     bar = tqdm(total=len(rows) * recipe.runs * updates[-1], desc="students", leave=False, mininterval=1)
     for row in rows:
         for student in range(recipe.runs):
@@ -357,44 +400,40 @@ def membership(
             if scored.has(row, student):
                 bar.update(updates[-1])
                 continue
-            images, y = images_of(row, student)
+            images, y = trained_on(row, student)
             with seeded("student", model, seed, student):  # those of all rows start alike
                 net = frepo_student(model, data.channels, data.size, data.num_classes, widths).to(run.device)
-            measured = []
+            points = []
 
-            def measure(done: int, net=net, student=student, measured=measured) -> None:
+            def measure(done: int, net=net, student=student, points=points) -> None:
                 bar.update()
-                if done not in updates:
-                    return
-                right = outputs(net, test, torch.arange(len(test))).argmax(1) == data.y_test
-                point = {"accuracy": float(right.float().mean())}
-                if student < attacked:
-                    pair = said(net, train, part.y_train, picked[0]), said(net, test, data.y_test, picked[1])
-                    point["accuracy on members"] = float((pair[0][0].argmax(1) == pair[0][2]).float().mean())
-                    point |= {f"AUC {name}": found for name, found in attack(*pair, seed, student).items()}
-                measured.append(point)
+                if done in updates:
+                    points.append(measured(net, student))
 
             batch = CHUNK_BATCH if row == "all_real" else SMALL_BATCH
             fit_student(net, images, y, replace(recipe, batch=batch), seed, student, after=measure)
-            scored.add(row, measured)
+            scored.add(row, points)
+            run.save(0, **(run.state or {}))
     bar.close()
-    curves = {}
-    for row in rows:
-        students = scored.rows[row][: recipe.runs]
-        curves[row] = {measure: [] for measure in students[0][0]}
-        for place, at in enumerate(updates):
-            points = [student[place] for student in students]
-            for measure, of_measure in curves[row].items():
-                values = [point[measure] for point in points if measure in point]
-                summary = of_auc(values) if measure.startswith("AUC") else of_values(values)
-                of_measure.append({"at": at} | summary)
+    curves = {row: over_students(scored.rows[row][: recipe.runs], updates) for row in rows}
     caption = (
         f"{data.name}, chunk {chunk} of {members} images, {ipc} a class, {run.name}: by updates of a student; "
-        f"accuracies in per cent, mean ± sample std over {recipe.runs} students; AUC, {n} members and {n} others: "
+        f"accuracies in per cent, mean ± sample std over {recipe.runs} students; AUC of {n} members and {n} others, "
         f"mean over {min(attacked, recipe.runs)} students ± half the 95 % interval"
     )
     facts = dict(ipc=ipc, target=target, attacked_members=n, attacked_others=n)
     return report(run, "membership", data, curves, caption, protocol=asdict(recipe), **facts)
+
+
+def over_students(students: list[list[dict]], updates: list[int]) -> dict[str, list[dict]]:
+    """Curves of a row from the points of its students, of whom the first alone may have been attacked."""
+    curves = {}
+    for measure in students[0][0]:
+        curves[measure] = []
+        for place, at in enumerate(updates):
+            values = [points[place][measure] for points in students if measure in points[place]]
+            curves[measure].append({"at": at} | (of_auc(values) if measure.startswith("AUC") else of_values(values)))
+    return curves
 
 
 def of_values(values: list[float]) -> dict:
@@ -463,7 +502,8 @@ def report(run: Run, application: str, data: Data, curves: dict, caption: str, *
     print(of_text(curves) + "\n" + caption)
     write_json(run.file("curve.json"), curves)
     plot(run.file("curve.png"), curves, application, caption)
-    return run.finish(application=application, data=data.name, curves=curves, images_skipped=data.skipped, **result)
+    facts = dict(data=data.name, content=data.content, images_skipped=data.skipped)
+    return run.finish(application=application, curves=curves, **facts, **result)
 
 
 # ------------------------------------------------------------------------------------------------------- several runs
@@ -502,10 +542,10 @@ def main(args: Args) -> dict:
             raise UserError(f"{folder}: no readable result.json ({error}); name folders of finished runs") from None
         if "application" not in results[-1]:
             raise UserError(f"{folder}: a run without --application; name runs that have one")
-    first, own = results[0], ("class_order", "member_chunk", "seed")
+    first, own = results[0], dict(class_order="class orders", member_chunk="chunks", seed="seeds")
     compared = sorted(first["args"].keys() - set(own) - FREE_ON_RESUME)
     for folder, result in zip(args.runs, results, strict=True):
-        facts = [(fact, result[fact], first[fact]) for fact in ("method", "application", "data")]
+        facts = [(fact, result[fact], first[fact]) for fact in ("method", "application", "data", "content")]
         facts += [(f"--{f.replace('_', '-')}", result["args"].get(f), first["args"][f]) for f in compared]
         for name, its, of_first in facts:
             if its != of_first:
@@ -516,14 +556,17 @@ def main(args: Args) -> dict:
         raise UserError("two of the runs have the same --class-order, --member-chunk and --seed: give each once")
     common_rows = set.intersection(*[set(result["curves"]) for result in results])
     curves = over_runs([{row: of for row, of in r["curves"].items() if row in common_rows} for r in results])
+    (varied,) = [words for flag, words in own.items() if len({r["args"][flag] for r in results}) > 1][:1]
     caption = (
-        f"{first['data']}, {first['method']}, {first['application']}: mean ± sample std over {len(results)} "
-        f"{'class orders' if first['application'] == 'continual' else 'chunks'}"
+        f"{first['data']}, {first['method']}, {first['application']}: mean ± sample std over {len(results)} {varied}"
     )
     print(of_text(curves) + "\n" + caption)
     out = Path(args.out) if args.out else Path(args.runs[0]).resolve().parent
     stem = f"{first['data']}__{first['method']}__{first['application']}"
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot make a folder there ({error.strerror})") from None
     result = dict(
         application=first["application"], data=first["data"], method=first["method"], curves=curves,
         runs=[dict(zip(own, each, strict=True)) for each in which],

@@ -432,7 +432,7 @@ class Run:
             shutil.copy(script, self.folder / "script.py")
         self.args = args
         write_json(self.folder / "args.json", dataclasses.asdict(args))
-        if Run.latest is None or Run.latest != self.folder.parent:  # a part of a run goes on with the run
+        if not self.is_part():  # a part of a run goes on with the run
             Run.latest = self.folder
         self.start = self.state["step"] if self.state else 0
         self.seconds_before = self.state["seconds"] if self.state else 0.0
@@ -452,8 +452,9 @@ class Run:
         parts = self.folder.resolve().name.rsplit("__", 3)  # data, script, seed, time
         if len(parts) == 4 and parts[1] != self.name:
             raise UserError(f"--resume {self.folder}: a run of {parts[1]}.py, not of {self.name}.py")
-        if (self.folder.parent / "args.json").exists() and Run.latest != self.folder.parent:
-            raise UserError(f"--resume {self.folder}: a part of the run {self.folder.parent}: resume that")
+        parent = self.folder.resolve().parent
+        if (parent / "args.json").exists() and not self.is_part():
+            raise UserError(f"--resume {self.folder}: a part of the run {parent}: resume that")
         args = fill(args, saved)
         for key, value in dataclasses.asdict(args).items():
             free = key in FREE_ON_RESUME or key.startswith(("eval_", "attack_"))
@@ -469,6 +470,10 @@ class Run:
                 raise UserError(f"--resume {self.folder}: the data changed since (content hash differs); start anew")
         return args
 
+    def is_part(self) -> bool:
+        """Whether it is inside the run that this process works on."""
+        return Run.latest is not None and self.folder.resolve().parent == Run.latest.resolve()
+
     def file(self, name: str) -> Path:
         return self.folder / name
 
@@ -479,10 +484,11 @@ class Run:
         """
         folder = self.file(name)
         args = dataclasses.replace(self.args, resume=str(folder), **changes)
-        if not (folder / "args.json").exists():
-            folder.mkdir(exist_ok=True)
-            shutil.copy(self.file("script.py"), folder)
-            write_json(folder / "args.json", dataclasses.asdict(args))
+        if (folder / "args.json").exists():
+            return fill(args, dataclasses.asdict(load_args(type(args), folder)))  # what it resolved
+        folder.mkdir(exist_ok=True)
+        shutil.copy(self.file("script.py"), folder)
+        write_json(folder / "args.json", dataclasses.asdict(args))
         return args
 
     def seconds(self) -> float:
@@ -511,7 +517,8 @@ class Run:
                         self.prediction = {"at_step": self.done, "seconds": round(predicted, 1)}
                         end = time.strftime("%H:%M", time.localtime(time.time() + self.seconds_left()))
                         words = tqdm.format_interval(predicted)
-                        tqdm.write(f"run: about {words} in all, evaluation included, until {end}")
+                        what = "for this part" if self.is_part() else "in all"
+                        tqdm.write(f"run: about {words} {what}, evaluation included, until {end}")
                     if self.saved == self.done:  # else it came after the question whether to save: one step more
                         stop_if_asked()
             stop_if_asked()
@@ -558,7 +565,7 @@ class Run:
 
     def last_checkpoint(self) -> str:
         there = self.file("checkpoint.pt").exists()
-        return f"{'the last good checkpoint stays' if there else 'there is no checkpoint yet'} in {self.folder}"
+        return f"{'the last good checkpoint stays' if there else 'there is no checkpoint yet'} in {Run.latest}"
 
     def log(self, step: int, scalars: dict[str, float]) -> None:
         """Write scalars to TensorBoard with steps/s and memory; "loss" goes into the progress bar and curve.png."""

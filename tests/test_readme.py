@@ -133,6 +133,77 @@ def step_table() -> str:
     return "\n".join(lines)
 
 
+def cost(r: dict) -> str:
+    return f"{r['seconds'] / 60:.0f} minutes, {r['peak_memory_bytes'] / 1e9:.1f} GB."
+
+
+def continual_lines(curves: dict, name: str = "") -> list[str]:
+    """One line a row, one column a number of classes seen; students' accuracy."""
+    lines = []
+    for row, of_row in curves.items():
+        lines.append(
+            f"| {name}{WORDS.get(row, row)} | " + " | ".join(percent(point) for point in of_row["conv"]) + " |"
+        )
+    return lines
+
+
+def continual_head(curves: dict) -> list[str]:
+    at = [point["at"] for point in curves["distilled"]["conv"]]
+    return ["| classes seen | " + " | ".join(map(str, at)) + " |", "|---" * (len(at) + 1) + "|"]
+
+
+def continual_digits_table() -> str:
+    """Over the five orders, both methods; they share the rows of real images."""
+    frepo, isa = (of(method, "continual_digits_orders.json")["curves"] for method in ("frepo", "isa"))
+    assert frepo["random_real"]["conv"] == isa["random_real"]["conv"]
+    lines = continual_lines({"random_real": frepo["random_real"]})
+    for name, curves in (("frepo.py, ", frepo), ("isa.py, ", isa)):
+        lines += continual_lines({"distilled": curves["distilled"]}, name)
+    return "\n".join(continual_head(frepo) + lines)
+
+
+def continual_cifar100_table() -> str:
+    r = of("frepo", "continual_cifar100_reduced.json")
+    return "\n".join([*continual_head(r["curves"]), *continual_lines(r["curves"]), "", cost(r)])
+
+
+ATTACKS = ("threshold", "logistic", "mlp", "forest", "knn")
+
+
+def auc_cell(point: dict) -> str:
+    return f"{point['mean']:.3f} ± {1.959964 * point['se'] if 'se' in point else point['std']:.3f}"
+
+
+def membership_head(first: str) -> list[str]:
+    return [f"| {first} | accuracy | " + " | ".join(f"AUC {name}" for name in ATTACKS) + " |", "|---" * 7 + "|"]
+
+
+def membership_line(name: str, of_row: dict, place: int) -> str:
+    cells = [percent(of_row["accuracy"][place])] + [auc_cell(of_row[f"AUC {attack}"][place]) for attack in ATTACKS]
+    return f"| {name} | " + " | ".join(cells) + " |"
+
+
+def membership_digits_table() -> str:
+    """Over the chunks, at the last number of updates, both methods; they share the rows of real images."""
+    frepo, isa = (of(method, "membership_digits_chunks.json")["curves"] for method in ("frepo", "isa"))
+    lines = membership_head("")
+    for row in ("random_real", "unseen_real", "all_real"):
+        assert frepo[row]["accuracy"] == isa[row]["accuracy"]
+        lines.append(membership_line(row.replace("_", " "), frepo[row], -1))
+    for name, curves in (("frepo.py, **distilled**", frepo), ("isa.py, **distilled**", isa)):
+        lines.append(membership_line(name, curves["distilled"], -1))
+    return "\n".join(lines)
+
+
+def membership_mnist_table() -> str:
+    r = of("frepo", "membership_mnist_reduced.json")
+    lines = membership_head("updates, row")
+    for place, point in enumerate(r["curves"]["distilled"]["accuracy"]):
+        for row, of_row in r["curves"].items():
+            lines.append(membership_line(f"{point['at']}, {WORDS.get(row, row.replace('_', ' '))}", of_row, place))
+    return "\n".join([*lines, "", cost(r)])
+
+
 def sweep_table(name: str) -> str:
     """Matching error on held-out training images, one row per image rate, one column per target rate."""
     runs = json.loads((REPO / f"tests/results/krr_st/sweep_{name}.json").read_text())["runs"]
@@ -200,6 +271,10 @@ TABLES = {
     "frepo cifar10": cifar10_table,
     "frepo speed": step_table,
     "isa digits": lambda: students_table("isa"),
+    "continual digits": continual_digits_table,
+    "continual cifar100": continual_cifar100_table,
+    "membership digits": membership_digits_table,
+    "membership mnist": membership_mnist_table,
 }
 
 

@@ -1,9 +1,9 @@
 """Run a script's command line with one accident in it, for the tests of bad luck: tests import `start`.
 
 An accident is "place:n:what": at the n-th arrival at the place, in this process, this happens.
-place: teacher (a step of its training), step (an outer step), score (a network or student of the evaluation), rename
-(a file is written, not yet renamed), teacher_save and run_save (half of a checkpoint is on disk), begin (before
-anything).
+place: teacher (a step of its training), step (an outer step), score (a network or student of the evaluation, or of an
+application), rename (a file is written, not yet renamed), teacher_save and run_save (half of a checkpoint is on disk),
+begin (before anything).
 what: SIGKILL, SIGTERM, SIGINT, disk (files may not grow beyond what this one has), memory (30 MB more than now).
 """
 
@@ -110,6 +110,7 @@ def main() -> None:
     import resource
     import signal
 
+    import common.applications
     import common.evaluate
     import common.pretrain
     import common.run
@@ -147,6 +148,7 @@ def main() -> None:
     watch(common.pretrain, "two_views", "teacher")
     watch(common.evaluate, "score_network", "score")
     watch(common.students, "score_student", "score")
+    watch(common.applications, "outputs", "score")
     watch(os, "replace", "rename")
     steps, torch_save = common.run.Run.steps, torch.save
 
