@@ -61,22 +61,28 @@ class Subset:
         return self.inputs(self.index[places])
 
 
-def distilled_part(distil: Callable, run: Run, step: int, name: str, part: Data, zca: Zca | None) -> Distilled:
+def counted_parts(run: Run) -> list[str]:
+    """The parts whose seconds are in the run's checkpoint. One is written now: without it no line offers to resume."""
+    counted = run.state["counted"] if run.state else []
+    run.save(run.start, counted=counted)
+    return counted
+
+
+def distilled_part(distil: Callable, run: Run, counted: list[str], name: str, part: Data, zca: Zca | None) -> Distilled:
     """The set that distil, the script's main, makes of a part of the data, by a run in the folder `name` of `run`.
 
-    A finished one is read, a begun one goes on. Its own evaluation is one student a row, as published, of the first
-    model. step: of the application's checkpoint.
+    A finished one is read, a begun one goes on; `counted` gets its name. Its own evaluation is one student a row, as
+    published, of the first model.
     """
-    folder, counted = run.file(name), run.state["counted"] if run.state else []
+    folder = run.file(name)
     if name not in counted:  # its seconds in sessions that are over, which this run's checkpoint has not met
+        counted.append(name)
         if (folder / "result.json").exists():
             run.seconds_before += json.loads((folder / "result.json").read_text())["seconds"]
         elif (folder / "checkpoint.pt").exists():
             run.seconds_before += load_checkpoint(folder / "checkpoint.pt")["seconds"]
     if not (folder / "result.json").exists():
         distil(run.part(name, eval_runs=1, eval_models=run.args.eval_models[:1], full_row=False), part, zca)
-    run.state = {"counted": [*counted, name]}
-    run.save(step, **run.state)
     return load_distilled(folder / "distilled.safetensors", run.name)
 
 
@@ -135,6 +141,7 @@ def continual(
     recipe = replace(recipe, steps=updates or CONTINUAL_UPDATES)
     rows = ("random_real", "distilled") + (("all_real",) if all_real else ())
     run = start()
+    counted = counted_parts(run)
     zca = whiten(data)
 
     def score(memory: Distilled, step: int) -> dict:
@@ -156,7 +163,8 @@ def continual(
         print(f"continual: step {step} of {steps}: {len(group)} classes: {names}", flush=True)
         places = places_of(data.y_train, group), places_of(data.y_test, group)
         part = part_of(data, *places, "classes", sorted(group))
-        made = distilled_part(distil, run, step - 1, f"step_{step}", part, zca)
+        made = distilled_part(distil, run, counted, f"step_{step}", part, zca)
+        run.save(step - 1, counted=counted)
         x.append(made.x), y.append(made.y)
         memory = replace(made, x=torch.cat(x), y=torch.cat(y))
         scores, seen = score(memory, step), sum(map(len, groups[:step]))
@@ -164,7 +172,7 @@ def continual(
             for measure, summary in of_row.items():
                 curves[row].setdefault(measure, []).append({"at": seen, "images": len(memory.x)} | summary)
                 run.log_evaluation(step, {f"{row}/{measure}": summary["mean"]})
-        run.save(step, **run.state)
+        run.save(step, counted=counted)
         print(of_text({row: {m: points[-1:] for m, points in of_row.items()} for row, of_row in curves.items()}))
         left = run.seconds() / step * (steps - step)
         print(f"continual: step {step} of {steps} is done, about {tqdm.format_interval(left)} to go", flush=True)
@@ -208,9 +216,8 @@ def auc(members: np.ndarray, others: np.ndarray) -> tuple[float, float]:
         return (np.searchsorted(of, scores, "left") + np.searchsorted(of, scores, "right")) / (2 * len(of))
 
     of_members, of_others = above(members, others), above(others, members)
-    return float(of_members.mean()), float(
-        np.sqrt(of_members.var(ddof=1) / len(members) + of_others.var(ddof=1) / len(others))
-    )
+    variance = of_members.var(ddof=1) / len(members) + of_others.var(ddof=1) / len(others)
+    return float(of_members.mean()), float(variance**0.5)
 
 
 def attackers(seed: int) -> dict:
@@ -342,18 +349,19 @@ def membership(
     # FRePo's departure 12: one student is measured at all numbers of updates, as its rate is constant
     recipe = replace(recipe, steps=updates[-1], warm_up=0, lr_end=1.0)
     run = start()
+    counted = counted_parts(run)
     # FRePo's departure 16: its own whitening would give the chunk away, as whitened members are shorter than others
     zca = whiten(part_of(data, outside, torch.arange(0), "outside", members, chunk) if len(outside) else data)
     test = Inputs(part.x_test, data.mean, data.std, zca, run.device, cache_gb)
     train = Inputs(part.x_train, data.mean, data.std, zca, run.device, cache_gb - test.gigabytes)
     unseen = Subset(Inputs(data.x_train, data.mean, data.std, zca, run.device, 0.0), outside)
     if target == "learned":
-        made = distilled_part(distil, run, 0, "chunk", part, zca)
+        made = distilled_part(distil, run, counted, "chunk", part, zca)
+        run.save(0, counted=counted)
         own, x_s, y_s = "distilled", made.inputs(), made.y
     else:  # FRePo's departure 14: what the released script does by mistake
         index = per_class(part.y_train, ipc, "initial images", seed)  # the script's own draw
         own, x_s, y_s = "initial_real", train(index).cpu(), labels(part.y_train[index])
-        run.save(0)
 
     def trained_on(row: str, student: int) -> tuple[Callable[[Tensor], Tensor], Tensor]:
         """(places -> network inputs, labels (n, C)) of a row's student."""
@@ -413,7 +421,7 @@ def membership(
             batch = CHUNK_BATCH if row == "all_real" else SMALL_BATCH
             fit_student(net, images, y, replace(recipe, batch=batch), seed, student, after=measure)
             scored.add(row, points)
-            run.save(0, **(run.state or {}))
+            run.save(0, counted=counted)
     bar.close()
     curves = {row: over_students(scored.rows[row][: recipe.runs], updates) for row in rows}
     caption = (

@@ -480,9 +480,10 @@ def test_without_images_outside_the_chunk_there_is_no_unseen_row(tmp_path, capsy
     assert (result["attacked_members"], result["attacked_others"]) == (360, 360)
 
 
-def test_a_stopped_attack_goes_on_at_its_student_and_may_ask_for_other_updates(tmp_path, monkeypatch, one_attack):
-    script = frepo
-    result = script.main(arguments(script, tmp_path / "straight", MEMBERSHIP))
+@pytest.mark.parametrize("target", ["learned", "initial"])
+def test_a_stopped_attack_goes_on_at_its_student_and_may_ask_for_others(target, tmp_path, monkeypatch, one_attack):
+    script, own = frepo, "distilled" if target == "learned" else "initial_real"
+    result = script.main(arguments(script, tmp_path / "straight", MEMBERSHIP, attack_target=target))
     original, calls = common.applications.fit_student, []
 
     class Stop(Exception):
@@ -496,17 +497,15 @@ def test_a_stopped_attack_goes_on_at_its_student_and_may_ask_for_other_updates(t
 
     monkeypatch.setattr(common.applications, "fit_student", fifth)
     with pytest.raises(Stop):
-        script.main(arguments(script, tmp_path / "stopped", MEMBERSHIP))
+        script.main(arguments(script, tmp_path / "stopped", MEMBERSHIP, attack_target=target))
     folder = only_run(tmp_path / "stopped")
     common.run.Run.latest = None
     again = script.main(common.run.load_args(script.Args, folder))
     assert len(calls) == 5 + 4 and again["curves"] == result["curves"]
     common.run.Run.latest = None
     more = script.main(dataclasses.replace(common.run.load_args(script.Args, folder), attack_updates=(2, 4)))
-    assert [point["at"] for point in more["curves"]["distilled"]["accuracy"]] == [2, 4]
-    assert (
-        more["curves"]["distilled"]["accuracy"][1]["values"] == result["curves"]["distilled"]["accuracy"][0]["values"]
-    )
+    assert [point["at"] for point in more["curves"][own]["accuracy"]] == [2, 4]
+    assert more["curves"][own]["accuracy"][1]["values"] == result["curves"][own]["accuracy"][0]["values"]
 
 
 def test_the_whitening_gives_no_member_away(script, tmp_path, one_attack):
