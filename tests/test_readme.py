@@ -162,6 +162,15 @@ def continual_digits_table() -> str:
     return "\n".join(continual_head(frepo) + lines)
 
 
+def continual_five_table() -> str:
+    """Two digits a step, one order."""
+    frepo, isa = (of(method, "continual_digits_5_steps.json")["curves"] for method in ("frepo", "isa"))
+    lines = continual_lines({"random_real": frepo["random_real"]})
+    for name, curves in (("frepo.py, ", frepo), ("isa.py, ", isa)):
+        lines += continual_lines({"distilled": curves["distilled"]}, name)
+    return "\n".join(continual_head(frepo) + lines)
+
+
 def continual_cifar100_table() -> str:
     r = of("frepo", "continual_cifar100_reduced.json")
     return "\n".join([*continual_head(r["curves"]), *continual_lines(r["curves"]), "", cost(r)])
@@ -272,6 +281,7 @@ TABLES = {
     "frepo speed": step_table,
     "isa digits": lambda: students_table("isa"),
     "continual digits": continual_digits_table,
+    "continual digits 5": continual_five_table,
     "continual cifar100": continual_cifar100_table,
     "membership digits": membership_digits_table,
     "membership mnist": membership_mnist_table,
