@@ -11,6 +11,7 @@ Both give curves {row: {measure: [{"at", "mean", ..}, ..]}}, over classes seen o
 """
 
 import json
+import textwrap
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -464,6 +465,11 @@ def half_width(point: dict) -> float:
     return Z_95 * point["se"] if "se" in point else point["std"]
 
 
+def scale_of(measure: str) -> int:
+    """Accuracies are shown in per cent."""
+    return 1 if measure.startswith("AUC") else 100
+
+
 def of_text(curves: dict[str, dict[str, list[dict]]]) -> str:
     """A block for each measure, a line for each row, a column for each point."""
     lines = []
@@ -471,7 +477,7 @@ def of_text(curves: dict[str, dict[str, list[dict]]]) -> str:
         having = {row: of_row[measure] for row, of_row in curves.items() if measure in of_row}
         at = next(iter(having.values()))
         lines.append(f"{measure:20}" + "".join(f"{point['at']:>15}" for point in at))
-        scale, digits = (1, 3) if measure.startswith("AUC") else (100, 1)
+        scale, digits = scale_of(measure), 3 if measure.startswith("AUC") else 1
         for row, points in having.items():
             cells = [f"{scale * p['mean']:.{digits}f} ± {scale * half_width(p):.{digits}f}" for p in points]
             lines.append(f"  {row.replace('_', ' '):18}" + "".join(f"{cell:>15}" for cell in cells))
@@ -491,7 +497,8 @@ def plot(path: Path, curves: dict[str, dict[str, list[dict]]], application: str,
     for panel, measure in zip(panels, measures, strict=False):
         for row, of_row in curves.items():
             points = of_row.get(measure, [])
-            values = [[point["at"], point["mean"], half_width(point)] for point in points]
+            scale = scale_of(measure)
+            values = [[point["at"], scale * point["mean"], scale * half_width(point)] for point in points]
             if values:
                 at, mean, half = zip(*values, strict=True)
                 panel.errorbar(at, mean, half, fmt="o-", ms=3, capsize=2, label=row.replace("_", " "))
@@ -501,7 +508,7 @@ def plot(path: Path, curves: dict[str, dict[str, list[dict]]], application: str,
         if measure.startswith("AUC"):
             panel.axhline(0.5, lw=0.7, color="0.6")
     panels[0].legend()
-    figure.suptitle(title, fontsize=9)
+    figure.suptitle(textwrap.fill(title, 50 * columns), fontsize=9)
     write_atomic(path, lambda tmp: figure.savefig(tmp, format="png", dpi=110))
 
 
