@@ -194,6 +194,9 @@ class Args:
     member_chunk: int = 0
     """membership: which chunk, in the order of the file, or of a fixed draw if that is class after class (published 0
     to 4)"""
+    non_members: Literal["test", "train"] = "test"
+    """membership: what members are told from: test images (published), or training images from outside the chunk, which
+    come from one source with the members where test images may not"""
     attack_updates: tuple[int, ...] | None = None
     """membership: updates of a student when it is tested and attacked (published 100 250 500 1000 2000 4000 8000
     16000); None: from the preset"""
@@ -558,8 +561,8 @@ def main(args: Args, part: Data | None = None, zca: Zca | None = None) -> dict:
             )  # fmt: skip
         return membership(
             main, data, start, recipe, labels, whiten, ipc=args.ipc, members=args.members, chunk=args.member_chunk,
-            updates=args.attack_updates, target=args.attack_target, attacked=args.attack_students,
-            model=args.eval_models[0], **shared,
+            updates=args.attack_updates, target=args.attack_target, others=args.non_members,
+            attacked=args.attack_students, model=args.eval_models[0], **shared,
         )  # fmt: skip
     print(ridge)
     print(f"distilled: {n_s} images, {'and mirrored' if flip else 'not mirrored'}, {dim} features")

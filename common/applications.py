@@ -151,7 +151,7 @@ def continual(
         of_train, of_test = places_of(data.y_train, seen), places_of(data.y_test, seen)
         test = Inputs(data.x_test, data.mean, data.std, zca, run.device, cache_gb)
         train = Inputs(data.x_train, data.mean, data.std, zca, run.device, (cache_gb - test.gigabytes) * all_real)
-        part = part_of(data, torch.arange(0), of_test, "classes", sorted(seen))
+        part = part_of(data, torch.arange(0), of_test)
         part = replace(part, y_train=data.y_train[of_train])  # real images are drawn from `train`
         return evaluate_students(
             memory, part, Subset(train, of_train), Subset(test, of_test), labels, widths, run.device, recipe, seed,
@@ -162,8 +162,7 @@ def continual(
     for step, group in enumerate(groups, 1):
         names = ", ".join(data.class_names[label] for label in group)
         print(f"continual: step {step} of {steps}: {len(group)} classes: {names}", flush=True)
-        places = places_of(data.y_train, group), places_of(data.y_test, group)
-        part = part_of(data, *places, "classes", sorted(group))
+        part = part_of(data, places_of(data.y_train, group), places_of(data.y_test, group))
         made = distilled_part(distil, run, counted, f"step_{step}", part, zca)
         run.save(step - 1, counted=counted)
         x.append(made.x), y.append(made.y)
@@ -306,6 +305,7 @@ def membership(
     chunk: int,
     updates: tuple[int, ...],
     target: str,
+    others: str,
     attacked: int,
     model: str,
     widths: tuple[int, ...],
@@ -317,13 +317,15 @@ def membership(
     Rows, all labelled and trained alike at a constant rate: distilled; random_real, as many images of the chunk, drawn
     anew for each student; unseen_real, as many from outside the chunk: its AUC is what differs between the training and
     the test images themselves; all_real, the whole chunk.
-    Members are images of the chunk, others test images, in equal numbers.
+    Members are images of the chunk; others, in equal numbers, test images, or training images from outside the chunk
+    that nothing else uses.
 
     distil .. whiten: see `continual`; the whitening is that of the images outside the chunk. ipc: images per class;
     members: images of a chunk; chunk: which, see chunk_order; updates: of a student when it is tested and attacked;
     attacked: students of a row that are attacked; target "initial": the images and labels that distillation starts from
-    in place of what it ends with. model, widths: of the students. Returns the contents of result.json.
-    Raises UserError for a chunk beyond the images, one without ipc images of each class, and too few to attack.
+    in place of what it ends with; others: "test" or "train". model, widths: of the students. Returns the contents of
+    result.json. Raises UserError for a chunk beyond the images, one without ipc images of each class, and too few to
+    attack.
     """
     updates, chunks = sorted(set(updates)), len(data.x_train) // members
     if not updates:
@@ -332,30 +334,34 @@ def membership(
         raise UserError(f"--members {members}: must be at most {len(data.x_train)}, the training images")
     if chunk >= chunks:
         raise UserError(f"--member-chunk {chunk}: must be 0 to {chunks - 1}, there are {chunks} chunks of {members}")
-    n = min(members, len(data.x_test))  # members that are attacked, and as many others
-    if n < LEAST_ATTACKED:
-        raise UserError(
-            f"--members {members}, {len(data.x_test)} test images: an attack needs {LEAST_ATTACKED} of each"
-        )
     order = chunk_order(data.y_train)
     of_chunk = torch.arange(len(order)) // members == chunk
     inside, outside = order[of_chunk], order[~of_chunk]
+    n = min(members, len(data.x_test) if others == "test" else len(outside))  # members attacked, and as many others
+    if n < LEAST_ATTACKED:
+        where = f"{len(data.x_test)} test images" if others == "test" else f"{len(outside)} images outside the chunk"
+        raise UserError(f"--members {members}, {where}: an attack needs {LEAST_ATTACKED} of each")
+    attacked_others = torch.randperm(len(data.x_test), generator=rng("others"))[:n]
+    if others == "train":  # then these are used for nothing else
+        outside = outside[torch.randperm(len(outside), generator=rng("others"))]
+        attacked_others, outside = outside[:n], outside[n:]
     smallest, smallest_outside = (
         int(data.y_train[index].bincount(minlength=data.num_classes).min()) for index in (inside, outside)
     )
     if ipc > smallest:
         raise UserError(f"--ipc {ipc}: must be at most {smallest}, the images of a class in chunk {chunk}; or raise "
                         f"--members {members}")  # fmt: skip
-    part = part_of(data, inside, torch.arange(len(data.x_test)), "chunk", members, chunk)
+    part = part_of(data, inside, torch.arange(len(data.x_test)))
     # FRePo's departure 12: one student is measured at all numbers of updates, as its rate is constant
     recipe = replace(recipe, steps=updates[-1], warm_up=0, lr_end=1.0)
     run = start()
     counted = counted_parts(run)
     # FRePo's departure 16: its own whitening would give the chunk away, as whitened members are shorter than others
-    zca = whiten(part_of(data, outside, torch.arange(0), "outside", members, chunk) if len(outside) else data)
+    zca = whiten(part_of(data, outside, torch.arange(0)) if len(outside) else data)
     test = Inputs(part.x_test, data.mean, data.std, zca, run.device, cache_gb)
     train = Inputs(part.x_train, data.mean, data.std, zca, run.device, cache_gb - test.gigabytes)
-    unseen = Subset(Inputs(data.x_train, data.mean, data.std, zca, run.device, 0.0), outside)
+    whole = Inputs(data.x_train, data.mean, data.std, zca, run.device, 0.0)
+    unseen = Subset(whole, outside)
     if target == "learned":
         made = distilled_part(distil, run, counted, "chunk", part, zca)
         run.save(0, counted=counted)
@@ -376,32 +382,33 @@ def membership(
         x = x.to(run.device)
         return lambda index: x[upload(index, run.device)], y.to(run.device)
 
-    attacked_images = [torch.randperm(len(x), generator=rng("attacked", seed))[:n] for x in (train, test)]
+    attacked_members = torch.randperm(len(train), generator=rng("members"))[:n]
+    kinds = [(train, part.y_train, attacked_members)]
+    kinds.append((test, data.y_test, attacked_others) if others == "test" else (whole, data.y_train, attacked_others))
 
     def measured(net: nn.Module, student: int) -> dict:
         """Accuracies and attacks of a student as it is."""
         answers = []
-        for inputs, y, index in zip((train, test), (part.y_train, data.y_test), attacked_images, strict=True):
+        for inputs, y, index in kinds:
             scores = outputs(net, inputs, index)
             if not scores.isfinite().all():
                 raise UserError(f"a student's scores are not finite; lower --eval-lr {recipe.lr}")
             answers.append((scores, losses_of(scores, labels(y[index]), recipe.loss, recipe.temperature), y[index]))
-        members, others = answers
         point = {
             "accuracy": accuracy(outputs(net, test, torch.arange(len(test))), data.y_test),
-            "accuracy on members": accuracy(members[0], members[2]),
+            "accuracy on members": accuracy(answers[0][0], answers[0][2]),
         }
         if student < attacked:
-            point |= {f"AUC {name}": found for name, found in attack(members, others, seed, student).items()}
+            point |= {f"AUC {name}": found for name, found in attack(*answers, seed, student).items()}
         return point
 
     rows = ["random_real", own, "unseen_real", "all_real"]
     if ipc > smallest_outside:
         rows.remove("unseen_real")
         print(f"membership: no row of unseen images: {smallest_outside} images of a class are outside the chunk")
-    print(f"membership: {n} members, {n} others", flush=True)
-    facts = [part.content, own, updates, attacked, model, seed]
-    scored = Scored(run.file(f"students_{target}.json"), recipe, x_s, y_s, *facts)
+    print(f"membership: {n} members, {n} others, {others} images", flush=True)
+    facts = [part.content, own, others, updates, attacked, model, seed]
+    scored = Scored(run.file(f"students_{target}_{others}.json"), recipe, x_s, y_s, *facts)
     bar = tqdm(total=len(rows) * recipe.runs * updates[-1], desc="students", leave=False, mininterval=1)
     for row in rows:
         for student in range(recipe.runs):
@@ -427,10 +434,10 @@ def membership(
     curves = {row: over_students(scored.rows[row][: recipe.runs], updates) for row in rows}
     caption = (
         f"{data.name}, chunk {chunk} of {members} images, {ipc} a class, {run.name}: by updates of a student; "
-        f"accuracies in per cent, mean ± sample std over {recipe.runs} students; AUC of {n} members and {n} others, "
-        f"mean over {min(attacked, recipe.runs)} students ± half the 95 % interval"
+        f"accuracies in per cent, mean ± sample std over {recipe.runs} students; AUC of {n} members and {n} "
+        f"{others} images, mean over {min(attacked, recipe.runs)} students ± half the 95 % interval"
     )
-    facts = dict(ipc=ipc, target=target, attacked_members=n, attacked_others=n)
+    facts = dict(ipc=ipc, target=target, others=others, attacked_members=n, attacked_others=n)
     return report(run, "membership", data, curves, caption, protocol=asdict(recipe), **facts)
 
 

@@ -172,12 +172,12 @@ def hold_out(data: Data, fraction: float, seed: int) -> tuple[Data, Data]:
     return rest, dataclasses.replace(rest, x_test=data.x_train[held], y_test=y_held)
 
 
-def part_of(data: Data, train: Tensor, test: Tensor, *words) -> Data:
-    """Some of a set's training and test images, by index or mask, copied; classes keep their numbers and names.
+def part_of(data: Data, train: Tensor, test: Tensor) -> Data:
+    """The training and test images at these indices, copied; classes keep their numbers and names.
 
-    Mean and std stay those of `data`; words: what the part is called in the key of teachers and checkpoints.
+    Mean and std stay those of `data`; `content` also covers the indices.
     """
-    content = _sha256(data.content, "part", *words)
+    content = _sha256(data.content, "part", *[_sha256(index.tolist()) for index in (train, test)])
     parts = dict(x_train=data.x_train[train], y_train=data.y_train[train], x_test=data.x_test[test])
     return dataclasses.replace(data, **parts, y_test=data.y_test[test], content=content)
 

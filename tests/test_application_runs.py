@@ -297,7 +297,7 @@ def test_accidents_leave_no_trace(name, values, tmp_path, capsys):
 
 
 def same(one: Path, other: Path) -> None:
-    for name in ("curve.json", "students_1.json", "students.json"):
+    for name in ("curve.json", "students_1.json", "students_learned_test.json"):
         assert (one / name).exists() == (other / name).exists()
         if (one / name).exists():
             assert json.loads((one / name).read_text()) == json.loads((other / name).read_text())
@@ -386,7 +386,8 @@ def test_a_student_that_is_not_finite_is_refused_before_it_is_attacked(tmp_path)
         (dict(application="membership", attack_updates=()), ["--attack-updates", "at least one"]),
         (dict(application="membership", attack_updates=(10, 0)), ["--attack-updates 0", "at least 1"]),
         (dict(application="membership", attack_students=0), ["--attack-students 0", "at least 1"]),
-        (dict(application="membership", members=19), ["--members 19", "20 of each"]),
+        (dict(application="membership", members=19), ["--members 19", "360 test images", "20 of each"]),
+        (dict(application="membership", members=1420, non_members="train"), ["17 images outside", "20 of each"]),
         (dict(application="membership", holdout=0.1), ["--holdout", "membership"]),
         (dict(application="continual", holdout=0.1), ["--holdout", "continual"]),
         (dict(application="membership", eval_models=("conv", "dcconv")), ["--eval-models", "one"]),
@@ -479,6 +480,24 @@ def test_as_many_members_as_others_are_attacked_at_every_number_of_updates(attac
             by_hand = sum((s - t) ** 2 for s, t in zip(row.tolist(), target, strict=True)) / 2
             assert float(loss) == pytest.approx(by_hand, rel=1e-4)
         assert len({int(place) for place in found}) == 300  # each image once
+
+
+def test_others_may_be_training_images_that_nothing_else_uses(script, digits, tmp_path, monkeypatch, one_attack):
+    """--non-members train: 300 from outside the chunk, in no student's images, and in no whitening."""
+    attacks = Spy(monkeypatch, common.applications, "attack")
+    fitted = Spy(monkeypatch, common.applications, "fit_student")
+    whole = Spy(monkeypatch, common.applications, "outputs")
+    result = script.main(arguments(script, tmp_path, MEMBERSHIP, non_members="train", eval_runs=1))
+    assert result["others"] == "train" and (result["attacked_members"], result["attacked_others"]) == (300, 300)
+    (_, _, index), _ = whole.calls[1]  # the members, the others, all test images, ...
+    assert len(set(index.tolist())) == 300 and not any(300 <= i < 600 for i in index.tolist())
+    for (_, others, *_), _ in attacks.calls:
+        assert others[2].tolist() == digits.y_train[index].tolist()
+    inputs = normalise(digits.x_train, digits.mean, digits.std)
+    (_, of_place, y, *_), _ = fitted.calls[2]  # unseen real
+    for image in of_place(torch.arange(len(y))):
+        (place,) = [i for i in range(len(inputs)) if torch.equal(inputs[i], image)]
+        assert place not in index and not 300 <= place < 600
 
 
 def test_curves_hold_accuracy_and_auc_of_every_row_at_every_number_of_updates(attacked, digits):

@@ -749,9 +749,9 @@ def test_the_command_itself(tmp_path):
 # -------------------------------------------------------------------------------------------------------- part of a set
 
 
-def test_part_of_takes_images_and_labels_by_mask_or_index(digits):
-    mask, index = digits.y_train == 3, torch.tensor([7, 2, 2, 300])
-    part = part_of(digits, mask, index, "threes")
+def test_part_of_takes_images_and_labels_by_index(digits):
+    threes, index = (digits.y_train == 3).nonzero()[:, 0], torch.tensor([7, 2, 2, 300])
+    part = part_of(digits, threes, index)
     wanted = [i for i, label in enumerate(digits.y_train.tolist()) if label == 3]
     assert len(part.x_train) == len(part.y_train) == len(wanted) > 100
     assert all(torch.equal(part.x_train[place], digits.x_train[i]) for place, i in enumerate(wanted))
@@ -767,8 +767,7 @@ def test_part_of_takes_images_and_labels_by_mask_or_index(digits):
 
 
 def test_part_of_copies(digits):
-    everything = torch.arange(len(digits.x_train)), torch.ones(len(digits.x_test), dtype=torch.bool)
-    part = part_of(digits, *everything, "all")
+    part = part_of(digits, torch.arange(len(digits.x_train)), torch.arange(len(digits.x_test)))
     before = [int(each.long().sum()) for each in (digits.x_train, digits.y_train, digits.x_test, digits.y_test)]
     for each in (part.x_train, part.y_train, part.x_test, part.y_test):
         each.zero_()
@@ -778,12 +777,12 @@ def test_part_of_copies(digits):
 
 def test_the_content_of_a_part_is_its_own(digits):
     i, j = torch.arange(20), torch.arange(5)
-    words = [("chunk", 100, 0), ("chunk", 100, 1), ("chunk", 200, 0), ("classes", [1, 2]), ("classes", [1, 3]), ()]
-    contents = [part_of(digits, i, j, *each).content for each in words]
+    pairs = [(i, j), (i, j[:4]), (i[:19], j), (j, i), (i.flip(0), j), (torch.arange(0), j)]
+    contents = [part_of(digits, *pair).content for pair in pairs]
     other = dataclasses.replace(digits, content="another set")
-    contents += [digits.content, hold_out(digits, 0.1, 0)[0].content, part_of(other, i, j, *words[0]).content]
+    contents += [digits.content, hold_out(digits, 0.1, 0)[0].content, part_of(other, i, j).content]
     assert len(set(contents)) == 9
-    assert part_of(digits, i, j, "chunk", 100, 0).content == contents[0]
+    assert part_of(digits, i.clone(), j).content == contents[0]
 
 
 # ----------------------------------------------------------------------------------------------------- losses, students
