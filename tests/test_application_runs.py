@@ -198,13 +198,16 @@ def test_students_take_the_published_updates_unless_told(script, tmp_path, monke
     def stop(memory, data, train, test, labels, widths, device, recipe, *rest):
         raise Stop(recipe.steps)
 
+    def part_scored(*args):
+        steps.append(args[7].steps)
+        return {row: {"conv": blank, "krr": blank} for row in args[10]}
+
+    steps, blank = [], dict(mean=0.5, std=0.0, values=[0.5])
     monkeypatch.setattr(common.applications, "evaluate_students", stop)
-    monkeypatch.setattr(
-        script, "evaluate_students", lambda *args: {row: {"conv": blank, "krr": blank} for row in args[10]}
-    )
-    blank = dict(mean=0.5, std=0.0, values=[0.5])
+    monkeypatch.setattr(script, "evaluate_students", part_scored)
     with pytest.raises(Stop, match="10000"):
-        script.main(arguments(script, tmp_path, CONTINUAL, eval_steps=0))
+        script.main(arguments(script, tmp_path, CONTINUAL, eval_steps=0, ipc=20))
+    assert steps == [2000]  # of 80 images, the step's, not of all 200
 
 
 def colour(folder: Path, classes: int = 3) -> Path:
