@@ -109,7 +109,10 @@ class Script:
         return folder
 
 
-@pytest.fixture(scope="module", params=SCRIPTS)
+SLOW = {"isa": [pytest.mark.slow]}  # it differs from frepo.py by the loss alone: test_frepo.py
+
+
+@pytest.fixture(scope="module", params=[pytest.param(name, marks=SLOW.get(name, [])) for name in SCRIPTS])
 def finished(request, tmp_path_factory):
     """A whole run of the script, not to be changed."""
     script = Script(request.param, tmp_path_factory.mktemp(request.param))

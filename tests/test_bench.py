@@ -98,6 +98,7 @@ def fake_times(monkeypatch, times):
 # ---------------------------------------------------------------------------------------------------------------- a run
 
 
+@pytest.mark.slow
 def test_every_section_runs_without_a_gpu(bench, capsys):
     run_sections(bench, SECTIONS)
     report = bench.report

@@ -335,6 +335,7 @@ def test_every_system_is_solved_or_reported():
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter computes with numpy, which warns of NaN
+@pytest.mark.slow
 def test_every_system_is_solved_or_reported_by_the_kernels():
     found = all_right({args: factor_and_solve(draw(*args), "triton") for args in ON_TRITON})
     assert len(found) >= 198
