@@ -23,7 +23,7 @@ from common.augment import draw_variants, gather, resident
 from common.data import Data, denormalise, describe, hold_out, load, normalise
 from common.evaluate import Protocol, evaluate_pairs, paired, predict_seconds, table
 from common.models import ConvNet, convnet_depth, features_chunked, resnet_dim
-from common.pretrain import AugmentedTargets, load_teacher, train_teacher
+from common.pretrain import train_teacher
 from common.run import (
     Run,
     UserError,
@@ -39,6 +39,7 @@ from common.run import (
     seeded,
     write_json,
 )  # fmt: skip
+from common.teacher import AugmentedTargets, load_teacher
 
 
 @dataclass

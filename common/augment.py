@@ -1,8 +1,8 @@
-"""Image augmentation for whole batches on the device: crops and flips, the two views of self-supervised training, and
-differentiable siamese augmentation (DSA).
+"""Image augmentation for whole batches on the device: crops and flips, cyclic shifts, the two views of self-supervised
+training, and differentiable siamese augmentation (DSA).
 
-Every random number comes from the CPU generator that is passed in, so a run is the same on every device. Shifts become
-one gather, boxes and warps one sampling grid: no loop over images, no synchronisation.
+Every random number comes from the CPU generator that is passed in, or from `counter_uniform`, so a run is the same on
+every device. Shifts become one gather, boxes and warps one sampling grid: no loop over images, no synchronisation.
 """
 
 import math
@@ -11,7 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.run import UserError
+from common.run import UserError, seed_of
+
+RATIO = 4 / 3  # of a random box's sides, at most, either way
+GOLDEN, MIX_1, MIX_2 = (c - 2**64 for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))  # as int64
 
 
 def upload(x: Tensor, device: torch.device) -> Tensor:
@@ -21,6 +24,24 @@ def upload(x: Tensor, device: torch.device) -> Tensor:
 
 def uniform(n: int, low: float, high: float, generator: torch.Generator, device: torch.device) -> Tensor:
     return upload(torch.rand(n, generator=generator) * (high - low) + low, device)  # (n,)
+
+
+def scramble(z: Tensor) -> Tensor:
+    """SplitMix64's finaliser (Steele, Lea and Flood 2014) of int64 words, which stand for 64 bits without a sign."""
+    for shift, factor in ((30, MIX_1), (27, MIX_2)):
+        z = (z ^ ((z >> shift) & (2 ** (64 - shift) - 1))) * factor  # the mask makes the shift one without a sign
+    return z ^ ((z >> 31) & (2**33 - 1))
+
+
+def counter_uniform(index: Tensor, count: int, *key) -> Tensor:
+    """`count` numbers uniform in [0, 1) for each place in index (B,) int64: (B, count) float32 on its device.
+
+    Row i depends on the key (`common.run.seed_of`) and on index[i] alone, its first numbers not on count. Multiples of
+    2^-24, made by integer arithmetic: the same bits on every device, in any batch.
+    """
+    row = scramble(seed_of(*key) + (index + 1) * GOLDEN)  # (B,)
+    column = torch.arange(1, count + 1, device=index.device) * GOLDEN
+    return ((scramble(row[:, None] + column) >> 40) & (2**24 - 1)).float() * 2.0**-24
 
 
 def crop_pad(size: int) -> int:
@@ -46,6 +67,14 @@ def draw_variants(n: int, size: int, flip: bool, generator: torch.Generator, pad
     if flip:
         variant = variant * 2 + (torch.rand(n, 1, generator=generator) < 0.5)
     return variant[:, 0]
+
+
+def crop_variants(u: Tensor, size: int, flip: bool, pad: int | None = None) -> Tensor:
+    """Numbers of random crops as `draw_variants` has them, from uniforms u (N, 3), multiples of 2^-24: (N,) int64."""
+    pad = crop_pad(size) if pad is None else pad
+    dy, dx = ((u[:, :2] * 2**24).long() * (2 * pad + 1) >> 24).unbind(1)  # exact, unlike the floor of a rounded product
+    variant = dy * (2 * pad + 1) + dx
+    return variant * 2 + (u[:, 2] < 0.5) if flip else variant
 
 
 def gather(
@@ -81,6 +110,20 @@ def crop_flip(x: Tensor, generator: torch.Generator, flip: bool, pad: int | None
     return gather(x, torch.arange(len(x)), variant, flip, pad)
 
 
+def cyclic_shift(x: Tensor, down: Tensor, right: Tensor) -> Tensor:
+    """Roll each image by its own whole number of pixels, or all by one; what leaves on one side enters on the other.
+
+    x: (N, C, H, W); down, right: (N,) or (1,) int64 of any sign, moved to x's device. Differentiable with respect to x.
+    """
+    height, width = x.shape[2:]
+    rows, columns = (
+        (torch.arange(size, device=x.device) - upload(shift, x.device)[:, None]) % size  # (N or 1, size)
+        for size, shift in ((height, down), (width, right))
+    )
+    flat = rows[:, :, None] * width + columns[:, None]  # (N or 1, H, W)
+    return x.flatten(2).gather(2, flat.flatten(1)[:, None].expand(*x.shape[:2], -1)).view(x.shape)
+
+
 def resident(x: Tensor, device: torch.device, spare: int) -> Tensor:
     """The uint8 set on the device if that leaves `spare` bytes free, else as it is: then batches are moved instead."""
     if device.type == "cuda":
@@ -93,27 +136,50 @@ def resident(x: Tensor, device: torch.device, spare: int) -> Tensor:
 # ------------------------------------------------------------------------------------ views of self-supervised training
 
 
+def boxes(u: Tensor, scale: tuple[float, float], ratio: float = RATIO) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Random boxes from uniforms u (N, 4): top, left, height, width as fractions of the image, (N,) each.
+
+    Their area is uniform in `scale`, width / height log-uniform in 1/ratio .. ratio. A box that is wider or higher than
+    the image is clipped to it, as torchvision's fallback does on average.
+    """
+    area, shape, left, top = u.unbind(1)
+    area = area * (scale[1] - scale[0]) + scale[0]
+    shape = (shape * (2 * math.log(ratio)) - math.log(ratio)).exp()
+    width, height = (area * shape).sqrt().clamp(max=1), (area / shape).sqrt().clamp(max=1)
+    return top * (1 - height), left * (1 - width), height, width
+
+
+def resample(x: Tensor, top: Tensor, left: Tensor, height: Tensor, width: Tensor, mirrored: Tensor) -> Tensor:
+    """A box of each image, resized to the whole (bilinear) and mirrored where `mirrored`; differentiable in x.
+
+    x: (N, C, H, W). top, left, height, width: fractions of the image; mirrored: bool; each (N,), or (1,) for one box
+    of the whole batch. An image's bits do not depend on the batch that it is in.
+    """
+    sign = torch.where(mirrored, -1.0, 1.0)
+    axes = []  # of the grid, in -1 .. 1 over the image: F.affine_grid's, without its matrix product
+    for size, slope, offset in (
+        (x.shape[3], width * sign, 2 * left + width - 1),
+        (x.shape[2], height, 2 * top + height - 1),
+    ):
+        centres = torch.linspace(-1, 1, size, dtype=x.dtype, device=x.device) * (size - 1) / size
+        axis = centres * slope.to(x.dtype)[:, None] + offset.to(x.dtype)[:, None]  # (N or 1, size)
+        axes.append(axis.clamp(1 / size - 1, 1 - 1 / size))  # to the border's centres: border padding, which MPS lacks
+    grid = torch.stack(torch.broadcast_tensors(axes[0][:, None], axes[1][:, :, None]), -1)  # (N or 1, H, W, 2)
+    grid = grid.expand(len(x), -1, -1, -1)
+    return F.grid_sample(x, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+
+
 def resized_crop(x: Tensor, generator: torch.Generator, scale: tuple[float, float], flip: bool) -> Tensor:
     """A random box of each image, area in `scale`, aspect ratio in 3/4 .. 4/3, resized back (bilinear), half mirrored.
 
-    x: (N, C, H, W). A box wider than the image is clipped to it, as torchvision's fallback does on average.
+    x: (N, C, H, W). See `boxes`.
     """
     n = x.shape[0]
-    area = uniform(n, *scale, generator, x.device)
-    ratio = uniform(n, -0.2876820724, 0.2876820724, generator, x.device).exp()  # log-uniform in 3/4 .. 4/3
-    width, height = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
-    left = uniform(n, 0, 1, generator, x.device) * (1 - width)
-    top = uniform(n, 0, 1, generator, x.device) * (1 - height)
-    sign = torch.ones_like(width)
+    u = torch.stack([uniform(n, 0, 1, generator, x.device) for _ in range(4)], 1)
+    mirrored = torch.zeros(n, dtype=torch.bool, device=x.device)
     if flip:
-        sign = torch.where(uniform(n, 0, 1, generator, x.device) < 0.5, -sign, sign)
-    theta = x.new_zeros(n, 2, 3)
-    theta[:, 0, 0], theta[:, 0, 2] = width * sign, 2 * left + width - 1
-    theta[:, 1, 1], theta[:, 1, 2] = height, 2 * top + height - 1
-    grid = F.affine_grid(theta, list(x.shape), align_corners=False)
-    inside = x.new_tensor([1 - 1 / x.shape[3], 1 - 1 / x.shape[2]])  # centres of the border pixels
-    grid = grid.clamp(-inside, inside)  # is border padding, which MPS lacks
-    return F.grid_sample(x, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+        mirrored = uniform(n, 0, 1, generator, x.device) < 0.5
+    return resample(x, *boxes(u, scale), mirrored)
 
 
 def grayscale(x: Tensor) -> Tensor:

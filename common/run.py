@@ -39,7 +39,7 @@ PLACE, OUTPUT = {"device", "backend", "data_dir", "out_dir"}, {"log_every", "sav
 FREE_ON_RESUME = PLACE | OUTPUT | {"resume", "full_row"}
 FREE_ON_RESUME |= {"chunk", "cache_gb", "cache_device"}
 # what takes memory, in the order in which lowering it costs the least
-MEMORY_FLAGS = ("cache_gb", "chunk", "batch_real", "teacher_batch", "num_images", "ipc")
+MEMORY_FLAGS = ("cache_gb", "chunk", "recover_batch", "batch_real", "teacher_batch", "num_images", "ipc")
 
 
 class UserError(Exception):
@@ -442,6 +442,7 @@ class Run:
         self.bar, self.seconds_per_100_steps, self.prediction, self.no_better_since = None, None, None, None
         self.interval, self.terms, self.checked, self.saved = Interval(args.save_minutes), "", self.start, self.start
         self.pauses = self.ticked = 0.0
+        self.cure = "lower the learning rates or raise --ridge"  # what to do about a loss that is not finite
         print(f"run: {self.folder} on {device_words(self.device)}, torch {torch.__version__}", flush=True)
         if self.state:
             print(f"run: resumed at step {self.start}", flush=True)
@@ -561,7 +562,7 @@ class Run:
             raise UserError(f"step {steps}: not finite ({self.terms}); {self.mend()}")
 
     def mend(self) -> str:
-        return f"lower the learning rates or raise --ridge; {self.last_checkpoint()}"
+        return f"{self.cure}; {self.last_checkpoint()}"
 
     def last_checkpoint(self) -> str:
         there = self.file("checkpoint.pt").exists()

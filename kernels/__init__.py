@@ -2,6 +2,7 @@
 
 from .backend import describe, resolve_precision
 from .barlow import barlow_loss
+from .bn_stats import bn_stats
 from .gram import gram, gram_pair
 from .krr import factor_ahead, krr_predict, ridge_fit
 from .nearest import nearest
@@ -10,6 +11,7 @@ from .solve import FailedFactorization, raise_if_failed, spd_factor, spd_solve
 __all__ = [
     "FailedFactorization",
     "barlow_loss",
+    "bn_stats",
     "describe",
     "factor_ahead",
     "gram",

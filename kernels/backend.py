@@ -166,7 +166,7 @@ def measured_faster(gpu: str, op: str, precision: str, size: tuple[tuple[str, in
     return nearest["triton_us"] * WIN <= nearest["torch_us"]
 
 
-def describe(precision: str, device: torch.device | str, backend: str = "auto") -> str:
+def describe(precision: str, device: torch.device | str, backend: str = "auto", what: str = "ridge") -> str:
     """One line for a script to print once, such as "ridge: float64, torch backend (cpu, precision auto)".
 
     Raises ValueError where the precision or the backend is none, or cannot run on the device.
@@ -188,7 +188,7 @@ def describe(precision: str, device: torch.device | str, backend: str = "auto") 
                 wins = sorted({row["op"] for row in table(gpu) if row["triton_us"] * WIN <= row["torch_us"]})
                 chosen = f"backend by kernels/results/{gpu}.json (triton at some sizes of: {', '.join(wins) or 'none'})"
     bits = {"fp64": "float64", "fp32": "float32", "ieee": "float32"}[resolved]
-    return f"ridge: {bits}, {chosen} ({where}, precision {precision})"
+    return f"{what}: {bits}, {chosen} ({where}, precision {precision})"
 
 
 # --------------------------------------------------------------------------------------------------------- validation

@@ -365,6 +365,9 @@ NEAREST_CHECKS = [
     (1501, 100), (2000, 64),
 ]  # fmt: skip
 BARLOW_CHECKS = [(16, 33), (33, 16), (100, 130), (256, 2048)]
+STATS_CHECKS = [  # images, channels, pixels of a side, groups
+    (2, 1, 1, 1), (6, 3, 5, 3), (10, 70, 7, 2), (100, 64, 32, 1), (100, 512, 4, 4), (20, 64, 112, 2), (12, 2048, 7, 1)
+]  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -539,6 +542,26 @@ def check_barlow(bench: Bench, b: int, d: int) -> None:
     check(bench, "barlow", "fp32", dict(b=b, d=d), draw, kernel, error, 1e-4)
 
 
+def check_bn_stats(bench: Bench, dtype: torch.dtype, last: bool, n: int, c: int, side: int, groups: int) -> None:
+    from .bn_stats import bn_stats, bn_stats_ref
+
+    kernel = partial(bn_stats_gradients, partial(bn_stats, backend="triton", groups=groups))
+
+    def error(found, *inputs):
+        """Of float32; half-precision maps are rounded once, to 2^-8 of themselves at most."""
+        wanted = bn_stats_gradients(partial(bn_stats_ref, groups=groups), *(v.double() for v in inputs))
+        if dtype != torch.bfloat16:
+            return relative(found, wanted)
+        return max(relative(found[1:2], wanted[1:2]), 2e-3 * relative(found, wanted))
+
+    def draw():
+        return bn_stats_inputs(bench, dtype, last, n, c, side, groups)
+
+    precision = "fp64" if dtype == torch.float64 else "fp32"
+    size = dict(n=n, c=c, side=side, groups=groups, last=int(last), dtype=str(dtype).removeprefix("torch."))
+    check(bench, "bn_stats", precision, size, draw, kernel, error, BOUND[precision])
+
+
 def correctness(bench: Bench) -> None:
     if "triton" not in bench.backends:
         return
@@ -558,6 +581,10 @@ def correctness(bench: Bench) -> None:
         check_nearest(bench, dtype, *shape)
     for shape in bench.pick(BARLOW_CHECKS, [(7, 9)]):
         check_barlow(bench, *shape)
+    for shape, dtype, last in itertools.product(
+        bench.pick(STATS_CHECKS, [(4, 3, 2, 2)]), (f64, f32, bf16), (False, True)
+    ):
+        check_bn_stats(bench, dtype, last, *shape)
 
 
 # ---------------------------------------------------------------------------------------------------- sections of times
@@ -800,6 +827,49 @@ def time_barlow(bench: Bench) -> None:
         compare(bench, dict(b=b, d=d), barlow_calls, auto=auto, exact="plain fp64")
 
 
+def bn_stats_inputs(bench: Bench, dtype: torch.dtype, last: bool, n: int, c: int, side: int, groups: int = 1):
+    """x, weight, bias, mean, var, the gradients of y and of term."""
+    layout = torch.channels_last if last else torch.contiguous_format
+    x, d_y = (bench.randn(n, c, side, side, dtype=dtype).contiguous(memory_format=layout) for _ in range(2))
+    work = torch.float64 if dtype == torch.float64 else torch.float32
+    weight, bias, mean, var = (bench.randn(c, dtype=work) for _ in range(4))
+    return x, weight, bias, mean, var.square() + 0.5, d_y, bench.randn(groups, dtype=work)
+
+
+def bn_stats_gradients(function, x, weight, bias, mean, var, d_y, d_term) -> tuple[Tensor, ...]:
+    x = x.detach().requires_grad_()
+    y, term = function(x, weight, bias, mean, var, 1e-5)
+    return y.detach(), term.detach(), *torch.autograd.grad([y, term], x, [d_y.to(y.dtype), d_term.to(term.dtype)])
+
+
+def bn_stats_calls(bench: Bench, n: int, c: int, side: int, last: int) -> Calls:
+    """One layer, forward and backward: with the published hooks, with no statistics at all, and both backends."""
+    from .bn_stats import bn_stats, bn_stats_ref
+
+    def alone(x, weight, bias, mean, var, eps):
+        y = torch.nn.functional.batch_norm(x, mean, var, weight, bias, eps=eps)
+        return y, (0 * x[0, 0, 0, :1]).to(mean.dtype)
+
+    calls = {}
+    for p, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp64", torch.float64)):
+        inputs = bn_stats_inputs(bench, dtype, bool(last), n, c, side)
+        calls[f"hooks {p}"] = partial(bn_stats_gradients, bn_stats_ref, *inputs)
+        calls[f"no statistics {p}"] = partial(bn_stats_gradients, alone, *inputs)
+        for backend in bench.backends:
+            calls[f"{backend} {p}"] = partial(bn_stats_gradients, partial(bn_stats, backend=backend), *inputs)
+    return calls
+
+
+def time_bn_stats(bench: Bench) -> None:
+    """Layers of a ResNet-18 with a batch of 100 at 32 px, then at 224 px."""
+    layers = [(64, 32), (128, 16), (256, 8), (512, 4), (64, 112), (64, 56), (128, 28), (256, 14), (512, 7)]
+    for last, (c, side) in itertools.product((1, 0), bench.pick(layers, [(3, 2)])):
+        n = bench.pick(100, 4)
+        at = dict(n=n, c=c, pixels=side * side, last=last)
+        auto = [("bn_stats", p, at, f"torch {p}", f"triton {p}") for p in ("fp32", "fp64")]
+        compare(bench, dict(n=n, c=c, side=side, last=last), bn_stats_calls, auto=auto)
+
+
 def gram_sweep_calls(bench: Bench, mode: str, m: int, n: int, d: int) -> Calls:
     run = partial(launch_gram, bench.randn(m, d), bench.randn(n, d), symmetric=True, mode=mode)
     calls = {f"default, split {split}": partial(run, split=split) for split in bench.pick((None, 1, 2, 4, 8), (1, 2))}
@@ -836,7 +906,8 @@ COMPILING = 0.2  # at most this share of the budget
 SECTIONS = [  # and by which share each section starts its last row
     ("ceilings", 0.30, time_ceilings), ("correctness", 0.42, correctness), ("gram", 0.50, time_gram),
     ("factor", 0.58, time_factor), ("krr", 0.76, time_krr), ("solve", 0.88, time_solve),
-    ("nearest", 0.91, time_nearest), ("barlow", 0.94, time_barlow), ("sweep", 1.00, sweep),
+    ("nearest", 0.90, time_nearest), ("barlow", 0.92, time_barlow), ("bn_stats", 0.96, time_bn_stats),
+    ("sweep", 1.00, sweep),
 ]  # fmt: skip
 
 
@@ -886,7 +957,7 @@ def pivot(rows: list[dict], value: str = "p50") -> list[str]:
 
 def section_tables(name: str, rows: list[dict], complete: bool) -> list[str]:
     """The tables of a section; if not complete, only what a reader needs first."""
-    if name == "correctness" or (name == "sweep" and not complete):
+    if name == "correctness" or (name in ("bn_stats", "sweep") and not complete):
         return []
     if not complete and name in ("factor", "solve"):
         rows = [row for row in rows if row["size"]["b"] == 1]

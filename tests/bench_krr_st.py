@@ -31,8 +31,8 @@ import krr_st
 from common.augment import draw_variants
 from common.data import Data, normalise
 from common.models import ResNet
-from common.pretrain import Teacher, freeze
 from common.run import commit, rng, seeded, versions, write_json
+from common.teacher import Teacher, freeze
 
 WIDTHS, TARGETS, IMAGES = (128, 256, 512), 512, 1024  # CIFAR-100's network and teacher; images of the made set
 OUT = Path(__file__).parent / "results" / "krr_st" / "speed.json"

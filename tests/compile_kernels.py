@@ -41,6 +41,8 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from kernels.bn_stats import launch as launch_bn_stats
+from kernels.bn_stats import launch_backward as launch_bn_stats_backward
 from kernels.gram import Config
 from kernels.gram import launch as launch_gram
 from kernels.nearest import LARGE
@@ -149,6 +151,27 @@ def nearest_cases() -> Iterator[Case]:
                 yield Case(layout == quick, mode, dtype, f"n {n}, {layout}", call)
 
 
+def bn_stats_cases() -> Iterator[Case]:
+    """Forward and backward; 2048 and 2000 channels are many for the one program that adds them up."""
+    shapes = [(64, 16, 16), (50, 7, 7), (2048, 4, 4), (2000, 1, 1), (3, 32, 32)]  # divisible by 16, and not
+    layouts = (torch.channels_last, torch.contiguous_format)
+    for dtype, shape, layout, affine in product((F64, F32, BF16, F16), shapes, layouts, (True, False)):
+        work = F64 if dtype == F64 else F32
+        x = torch.empty(4, *shape, dtype=dtype).to(memory_format=layout)
+        vectors = [torch.ones(shape[0], dtype=work) for _ in range(4)]
+        weight, bias, mean, var = vectors if affine else (None, None, *vectors[2:])
+        by_group = torch.ones(2, dtype=work), torch.ones(2, shape[0], dtype=work), torch.ones(2, shape[0], dtype=work)
+
+        def call(x=x, weight=weight, bias=bias, mean=mean, var=var, by_group=by_group):
+            launch_bn_stats(x, weight, bias, mean, var, 1e-5, 2, split=2)
+            d_term, offset, slope = by_group
+            launch_bn_stats_backward(x, d_term, x, weight, mean, var, offset, slope, 1e-5)
+
+        quick = affine and shape in shapes[:3] and dtype != F16
+        what = f"{shape}, {str(layout).removeprefix('torch.')}{'' if affine else ', not affine'}"
+        yield Case(quick, "fp64" if dtype == F64 else "fp32", dtype, what, call)
+
+
 def spilling_cases() -> Iterator[Case]:
     """Four times the sums for the same threads."""
     x = rows(49, 1024, 1024, F64)
@@ -156,7 +179,7 @@ def spilling_cases() -> Iterator[Case]:
     yield Case(True, "fp64", F64, "tiles of 128 by 4 warps", call)
 
 
-CASES = (gram_cases, solve_cases, nearest_cases)
+CASES = (gram_cases, solve_cases, nearest_cases, bn_stats_cases)
 
 
 # ------------------------------------------------------------------------------------------------------------- compile

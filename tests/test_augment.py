@@ -6,25 +6,33 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torchvision.transforms.functional import adjust_hue
 
 import common.augment
 from common.augment import (
+    boxes,
     colour_jitter,
+    counter_uniform,
     crop_flip,
     crop_pad,
+    crop_variants,
+    cyclic_shift,
     draw_variants,
     gather,
     grayscale,
     num_variants,
+    resample,
     resident,
     resized_crop,
+    scramble,
     shift_hue,
     ssl_view,
     two_views,
 )
 from common.data import NO_FLIP, load
+from common.run import seed_of
 
 F64 = torch.float64
 JITTER = dict(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1)
@@ -36,6 +44,86 @@ def gen(seed=0):
 
 def images(n=6, channels=3, size=8, seed=9, **kind):
     return torch.rand(n, channels, size, size, generator=gen(seed), **kind)
+
+
+# -------------------------------------------------------------------------------------------------- a counter's numbers
+
+WORDS = 2**64  # all arithmetic below is on Python's integers, modulo this
+GOLDEN = 0x9E3779B97F4A7C15
+
+
+def naive_scramble(z):
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % WORDS
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB % WORDS
+    return z ^ (z >> 31)
+
+
+def naive_counter(index, count, *key):
+    """A row of numbers for each place."""
+    rows = [naive_scramble((seed_of(*key) + (i + 1) * GOLDEN) % WORDS) for i in index]
+    return [[(naive_scramble((row + j * GOLDEN) % WORDS) >> 40) / 2**24 for j in range(1, count + 1)] for row in rows]
+
+
+def test_scramble_is_splitmix64():
+    """The first numbers of the published generator from the state 1234567, as its authors' C code prints them."""
+    published = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431]
+    states = [(1234567 + k * GOLDEN) % WORDS for k in range(1, 5)]
+    assert [naive_scramble(state) for state in states] == published
+    signed = torch.tensor([state - WORDS if state >= WORDS // 2 else state for state in states])
+    assert [word % WORDS for word in scramble(signed).tolist()] == published
+
+
+@pytest.mark.parametrize("key", [(), ("view", 0, 7), (123456789, "mix")])
+def test_counter_uniform_is_integer_arithmetic(key):
+    index = [*range(40), 10**6, 2**31, 2**40 + 3, 2**62]
+    found = counter_uniform(torch.tensor(index), 6, *key)
+    assert found.dtype == torch.float32 and found.tolist() == naive_counter(index, 6, *key)
+
+
+def test_counter_uniform_stays_what_it_is():
+    """Stored labels rest on these numbers."""
+    found = (counter_uniform(torch.tensor([0, 1, 49_999]), 3, "view", 0, 0, 199) * 2**24).long().tolist()
+    assert found == [[9621568, 1658396, 8826622], [8929552, 2454764, 2675141], [321576, 7034893, 16598375]]
+
+
+def test_a_row_of_the_counter_depends_on_key_and_place_alone():
+    index = torch.randperm(500, generator=gen())
+    whole = counter_uniform(torch.arange(500), 5, "view", 1, 2)
+    assert torch.equal(counter_uniform(index, 5, "view", 1, 2), whole[index])
+    assert torch.equal(counter_uniform(index[:1], 5, "view", 1, 2), whole[index[:1]])
+    assert torch.equal(counter_uniform(index, 2, "view", 1, 2), whole[index, :2])
+    for other in (("view", 1, 3), ("view", 2, 2), ("mix", 1, 2), ("view", 12)):
+        assert (counter_uniform(index, 5, *other) == whole[index]).float().mean() < 0.01
+
+
+def test_counter_numbers_are_uniform_and_unrelated():
+    """Chi-square over 64 bins (limit: one in a thousand for 63 degrees); correlations of neighbours of all kinds."""
+    n = 100_000
+    u = counter_uniform(torch.arange(n), 4, "uniform", 0).double()
+    other = counter_uniform(torch.arange(n), 4, "uniform", 1).double()
+    assert u.min() >= 0 and u.max() < 1
+    for column in u.T:
+        counts = torch.bincount((column * 64).long(), minlength=64)
+        assert ((counts - n / 64) ** 2 / (n / 64)).sum() < 103.5
+    pairs = [
+        (u[1:, 0], u[:-1, 0]),
+        (u[:, 0], u[:, 1]),
+        (u[:, 2], u[:, 3]),
+        (u[:, 0], other[:, 0]),
+        (u[7:, 1], u[:-7, 2]),
+    ]
+    for one, two in pairs:
+        assert abs(float(torch.corrcoef(torch.stack([one, two]))[0, 1])) < 4 / math.sqrt(n)
+        cells = torch.bincount((one * 8).long() * 8 + (two * 8).long(), minlength=64)
+        assert ((cells - len(one) / 64) ** 2 / (len(one) / 64)).sum() < 103.5
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the bits of a GPU need a GPU")
+def test_the_counters_bits_are_a_gpus_too():
+    index = torch.arange(1000)
+    there = counter_uniform(index.cuda(), 5, "view", 1)
+    assert there.is_cuda and torch.equal(there.cpu(), counter_uniform(index, 5, "view", 1))
 
 
 # -------------------------------------------------------------------------------------------------------- crop and flip
@@ -162,6 +250,49 @@ def test_variants_are_drawn_alike(size, flip, limit):
     assert ((counts - 200) ** 2 / 200).sum() < limit
 
 
+@pytest.mark.parametrize(("size", "flip", "pad"), [(32, True, None), (8, False, None), (8, True, 0), (16, False, 7)])
+def test_variants_from_uniforms_are_exact_floors(size, flip, pad):
+    width = 2 * (crop_pad(size) if pad is None else pad) + 1
+    u = torch.rand(300, 3, generator=gen())
+    u[:4] = torch.tensor([[0, 0, 0], [1 - 2**-24] * 3, [0.5] * 3, [0.5 - 2**-24] * 3])
+    expected = []
+    for row in u.tolist():
+        down, right, mirror = (int(value * 2**24) for value in row)
+        shift = down * width // 2**24 * width + right * width // 2**24
+        expected.append(2 * shift + (mirror < 2**23) if flip else shift)
+    assert crop_variants(u, size, flip, pad).tolist() == expected
+    assert max(expected) == expected[1] + (1 if flip else 0) == num_variants(size, flip, pad) - 1
+
+
+def test_variants_from_a_counter_are_drawn_alike():
+    """As test_variants_are_drawn_alike."""
+    variant = crop_variants(counter_uniform(torch.arange(200 * 162), 3, "variants"), 32, True)
+    counts = torch.bincount(variant, minlength=162)
+    assert len(counts) == 162 and ((counts - 200) ** 2 / 200).sum() < 222.0
+
+
+@pytest.mark.parametrize("shape", [(6, 3, 8, 8), (5, 1, 4, 7)])
+def test_cyclic_shift_rolls_each_image(shape):
+    x = torch.randn(shape, generator=gen(), dtype=F64)
+    down, right = torch.randint(-20, 21, (2, shape[0]), generator=gen(1))
+    expected = torch.stack(
+        [image.roll((i, j), (1, 2)) for image, i, j in zip(x, down.tolist(), right.tolist(), strict=True)]
+    )
+    assert torch.equal(cyclic_shift(x, down, right), expected)
+    for i, j in ((0, 0), (3, 0), (0, -2), (5, 40)):
+        assert torch.equal(cyclic_shift(x, torch.tensor([i]), torch.tensor([j])), x.roll((i, j), (2, 3)))
+    assert torch.equal(cyclic_shift(x.to(memory_format=torch.channels_last), down, right), expected)
+
+
+@pytest.mark.parametrize("n", [1, 4])
+def test_the_gradient_of_a_cyclic_shift_is_shifted_back(n):
+    x, weight = torch.randn(2, 4, 2, 5, 6, generator=gen(), dtype=F64)
+    down, right = torch.randint(-9, 10, (2, n), generator=gen(1))
+    x.requires_grad_()
+    (cyclic_shift(x, down, right) * weight).sum().backward()
+    assert torch.equal(x.grad, cyclic_shift(weight, -down, -right))
+
+
 class Weight:
     """Stands for a set of so many bytes."""
 
@@ -243,7 +374,7 @@ def test_resized_crop_is_the_bilinear_loop(scale, flip):
 
 @pytest.mark.parametrize("mirrored", [False, True])
 def test_the_whole_image_as_box_is_the_image(monkeypatch, mirrored):
-    whole = iter([1.0, 0.0, 0.3, 0.7, 0.4 if mirrored else 0.6])  # area, log ratio, left, top, mirror
+    whole = iter([1.0, 0.5, 0.3, 0.7, 0.4 if mirrored else 0.6])  # area, log ratio (its middle), left, top, mirror
     monkeypatch.setattr(common.augment, "uniform", lambda n, *rest: torch.full((n,), next(whole)))
     x = images()
     out = resized_crop(x, gen(), (1.0, 1.0), True)
@@ -266,6 +397,63 @@ def test_boxes_stay_inside_and_keep_to_their_ranges():
         start = (centre_1d - side / 2) / (1 - side)
         assert -1e-4 < start.min() < 0.01 and 0.99 < start.max() < 1 + 1e-4
     assert abs(mirrored.sum().item() - n / 2) < 4 * math.sqrt(n / 4)
+
+
+@pytest.mark.parametrize(("scale", "ratio"), [((0.08, 1.0), 4 / 3), ((0.08, 1.0), 1.0), ((0.9, 1.0), 2.0)])
+def test_boxes_are_the_loop(scale, ratio):
+    u = torch.rand(200, 4, generator=gen(), dtype=F64)
+    expected = []
+    for a, r, left, top in u.tolist():
+        area, shape = scale[0] + a * (scale[1] - scale[0]), ratio ** (2 * r - 1)
+        width, height = min(1.0, math.sqrt(area * shape)), min(1.0, math.sqrt(area / shape))
+        expected.append([top * (1 - height), left * (1 - width), height, width])
+    found = torch.stack(boxes(u, scale, ratio), 1)
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=F64), rtol=1e-12, atol=1e-14)
+    if ratio == 1:
+        assert torch.equal(found[:, 2], found[:, 3])
+
+
+def drawn_boxes(n, scale=(0.08, 1.0)):
+    return [*boxes(torch.rand(n, 4, generator=gen(3)), scale), torch.rand(n, generator=gen(4)) < 0.5]
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 8), (torch.float32, 28), (F64, 9)])
+def test_resample_has_the_bits_of_affine_grid(dtype, size):
+    """Which resized_crop was made of: seeds keep their views."""
+    x, box = images(40, size=size, dtype=dtype), drawn_boxes(40)
+    top, left, height, width, mirrored = box
+    theta = x.new_zeros(40, 2, 3)
+    theta[:, 0, 0], theta[:, 0, 2] = torch.where(mirrored, -width, width), 2 * left + width - 1
+    theta[:, 1, 1], theta[:, 1, 2] = height, 2 * top + height - 1
+    grid = F.affine_grid(theta, list(x.shape), align_corners=False)
+    grid = grid.clamp(-x.new_tensor([1 - 1 / size] * 2), x.new_tensor([1 - 1 / size] * 2))
+    assert torch.equal(resample(x, *box), F.grid_sample(x, grid, align_corners=False))
+    generator = gen(5)
+    u = torch.stack([torch.rand(40, generator=generator) for _ in range(4)], 1)
+    same = [*boxes(u, (0.2, 0.9)), torch.rand(40, generator=generator) < 0.5]
+    assert torch.equal(resized_crop(x, gen(5), (0.2, 0.9), True), resample(x, *same))
+
+
+def test_resample_has_the_same_bits_in_any_batch():
+    x, box = images(23, size=9), drawn_boxes(23)
+    whole = resample(x, *box)
+    for batch in (1, 2, 7):
+        for index in torch.arange(23).flip(0).split(batch):
+            assert torch.equal(resample(x[index], *(part[index] for part in box)), whole[index])
+
+
+def test_one_box_can_be_the_whole_batchs():
+    x = images(5, dtype=F64)
+    for i in range(5):
+        box = [part[i : i + 1] for part in drawn_boxes(5)]
+        expected = torch.cat([resample(x[j : j + 1], *box) for j in range(5)])
+        assert torch.equal(resample(x, *box), expected)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_resample_is_differentiable_in_the_images(n):
+    x, box = images(3, 2, 5, dtype=F64).requires_grad_(), drawn_boxes(n)
+    assert torch.autograd.gradcheck(lambda x: resample(x, *box), x)
 
 
 # --------------------------------------------------------------------------------------------------------------- colour

@@ -18,6 +18,7 @@ from kernels import backend as backend_file
 from kernels import krr_predict
 from kernels.barlow import barlow_loss
 from kernels.bench import RESTART, SECTIONS, Bench, compare, new_report, run_sections, spread, tables
+from kernels.bn_stats import bn_stats
 from kernels.nearest import nearest
 
 gram_file = importlib.import_module("kernels.gram")  # the package exports a function of this name
@@ -110,9 +111,9 @@ def test_every_section_runs_without_a_gpu(bench, capsys):
         for row in section["rows"] if name != "correctness" else ():
             assert 0 < row["p20"] <= row["p50"] <= row["p80"] and row["how"] == "host", row
     if "triton" in bench.backends:
-        assert len(report["sections"]["correctness"]["rows"]) == 29
+        assert len(report["sections"]["correctness"]["rows"]) == 35
         pairs = [(op, p) for op in ("gram", "gram_xy", "gram_pair") for p in ("fp64", "fp32", "ieee")]
-        pairs += [(op, p) for op in ("factor", "solve", "nearest", "krr") for p in ("fp64", "fp32")]
+        pairs += [(op, p) for op in ("factor", "solve", "nearest", "krr", "bn_stats") for p in ("fp64", "fp32")]
         assert all(bench_file.trusted(report, op, p) for op, p in pairs)
     for row in report["sections"]["krr"]["rows"]:  # the same result in all ways, to float32 rounding
         assert row["variant"] == "forward" or row["off"] < 1e-4
@@ -382,7 +383,7 @@ def test_a_check_that_raises_or_dies_is_a_wrong_kernel(bench, monkeypatch):
 def spied(monkeypatch):
     """(op, precision, size) of all that asks `use_triton`."""
     seen = []
-    for name in ("gram", "solve", "nearest", "barlow"):
+    for name in ("gram", "solve", "nearest", "barlow", "bn_stats"):
         module = importlib.import_module(f"kernels.{name}")
         real = module.use_triton
 
@@ -416,7 +417,7 @@ def test_each_row_has_the_key_of_the_call_that_was_timed(bench, monkeypatch, spi
                 precision = "fp32"  # the same on torch, and there are no kernels here
             assert (op, precision, at) in asked
             checked.add(op)
-    assert checked == {"gram", "gram_xy", "gram_pair", "factor", "solve", "nearest"}
+    assert checked == {"gram", "gram_xy", "gram_pair", "factor", "solve", "nearest", "bn_stats"}
 
 
 @pytest.fixture
@@ -449,7 +450,9 @@ def test_the_rows_decide_every_question_that_the_ops_ask(report_of_a_gpu, monkey
         gram_file.gram(f_t, f_s, precision=precision)
     nearest(f_s), nearest(f_s.double())
     barlow_loss(f_s, f_s + 1, 0.1)
-    assert {op for op, _, _ in spied} == {"gram", "gram_xy", "gram_pair", "factor", "solve", "nearest"}
+    for x in (torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4, dtype=F64).to(memory_format=torch.channels_last)):
+        bn_stats(x, None, None, torch.zeros(3), torch.ones(3), 0.1)
+    assert {op for op, _, _ in spied} == {"gram", "gram_xy", "gram_pair", "factor", "solve", "nearest", "bn_stats"}
     try:
         for op, precision, size in spied:
             faster = backend_file.measured_faster("h100", op, precision, tuple(sorted(size.items())))

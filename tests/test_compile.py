@@ -29,7 +29,10 @@ TENSOR_CORES = {  # what multiplies in a mode; in those that are not here it is 
     "tf32x3": {90: "HGMMA", 80: "HMMA"},
     "native": {90: "HGMMA", 80: "HMMA"},
 }
-NO_PRODUCTS = {"_finalize_kernel", "_inverse_norm_kernel", "_merge_kernel", "_pack_kernel", "_record_kernel"}
+NO_PRODUCTS = {
+    "_finalize_kernel", "_inverse_norm_kernel", "_merge_kernel", "_pack_kernel", "_record_kernel",
+    "_bn_stats_kernel", "_bn_stats_term_kernel", "_bn_stats_backward_kernel",
+}  # fmt: skip
 
 
 def missing() -> str:

@@ -27,8 +27,8 @@ from common.evaluate import (
     table,
 )
 from common.models import ConvNet, ResNet
-from common.pretrain import Teacher
 from common.run import rng, seeded
+from common.teacher import Teacher
 
 F64 = torch.float64
 DRAWS = Protocol().few_draws

@@ -1,6 +1,6 @@
 """What only a CUDA device can show of kernels/: no waiting, CUDA graphs, streams, Inductor, real sizes, memory errors.
 
-The tests of test_triton.py, test_nearest.py and test_barlow.py run on the device too, at small sizes.
+The tests of test_triton.py, test_nearest.py, test_barlow.py and test_bn_stats.py run on the device too, at small sizes.
 """
 
 import shutil
@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels import barlow_loss, factor_ahead, gram_pair, krr_predict, nearest, ridge_fit
+from kernels import barlow_loss, bn_stats, factor_ahead, gram_pair, krr_predict, nearest, ridge_fit
+from kernels.bn_stats import bn_stats_ref
 from kernels.gram import launch
 from kernels.krr import krr_predict_ref, route
 from kernels.solve import factor_, launch_factor, launch_pack, launch_solve
@@ -43,11 +44,27 @@ def step(f_t, f_s, y_s, backend, **kwargs):
     return pred, *torch.autograd.grad(pred.square().mean(), (f_s, y_s))
 
 
+def layer(n=100, c=64, side=32, last=True, dtype=torch.float32):
+    """x, which requires a gradient, weight, bias, mean and var of a BatchNorm."""
+    x = torch.randn(n, c, side, side, device="cuda", dtype=dtype).mul_(2).add_(1)
+    x = x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format).requires_grad_()
+    work = F64 if dtype == F64 else torch.float32
+    weight, bias, mean, var = (torch.randn(c, device="cuda", dtype=work) for _ in range(4))
+    return x, weight, bias, mean, var.square() + 0.5
+
+
+def statistics_step(x, *vectors, backend, groups=1):
+    """y, term and the gradient of x of a loss of both."""
+    y, term = bn_stats(x, *vectors, 1e-5, groups=groups, backend=backend)
+    return y, term, torch.autograd.grad(y.float().square().mean() + term.sum(), x)[0]
+
+
 @both
 @ways
 def test_nothing_waits_for_the_device(way, backend):
     inputs = draw(way)
     z = torch.randn(2, 64, 300, device="cuda", requires_grad=True)
+    norm = layer(4, 8, 8)
 
     def run():
         step(*inputs, backend)
@@ -57,6 +74,7 @@ def test_nothing_waits_for_the_device(way, backend):
         gram_pair(inputs[1], inputs[0], backend=backend)[1].sum().backward()
         nearest(inputs[0], backend=backend)
         barlow_loss(z[0], z[1], 0.1, backend=backend).backward()
+        statistics_step(*norm, backend=backend, groups=2)
 
     run()  # compiles, and allocates the record of failures
     torch.cuda.synchronize()
@@ -210,12 +228,65 @@ def test_solves_at_real_sizes(batch, m, c, dtype):
         assert (rest <= 10 * m * unit * (norm * found.double().norm(dim=1) + b.double().norm(dim=1))).all()
 
 
+@pytest.mark.parametrize("dtype", [F64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("last", [True, False])
+@pytest.mark.parametrize(("n", "c", "side", "groups"), [(100, 64, 32, 1), (500, 512, 4, 5), (20, 64, 112, 2)])
+def test_statistics_at_real_sizes(n, c, side, groups, last, dtype):
+    """Both backends against the naive float64 formula; twice the same bits, as many programs add up the sums."""
+    x, *vectors = layer(n, c, side, last, dtype)
+    d_y, d_term = torch.randn_like(x), torch.randn(groups, device="cuda", dtype=vectors[0].dtype)
+    wide = [v.detach().double() for v in (x, *vectors)]
+    y, term = bn_stats_ref(wide[0].requires_grad_(), *wide[1:], 1e-5, groups=groups)
+    expected = y, term, torch.autograd.grad([y, term], wide[0], [d_y.double(), d_term.double()])[0]
+    rounded = {F64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 4e-3}[dtype]
+    for backend in ("torch", "triton"):
+        runs = []
+        for _ in range(2):
+            y, term = bn_stats(x, *vectors, 1e-5, groups=groups, backend=backend)
+            runs.append((y, term, torch.autograd.grad([y, term], x, [d_y, d_term])[0]))
+        assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+        for found, wanted, bound in zip(runs[0], expected, (rounded, min(rounded, 1e-5), rounded), strict=True):
+            assert (found.double() - wanted).norm() <= bound * wanted.norm(), backend
+
+
+@both
+def test_a_cuda_graph_replays_the_statistics(backend):
+    inputs = layer(20, 64, 16)
+    run = lambda: statistics_step(*inputs, backend=backend, groups=2)  # noqa: E731
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    with torch.no_grad():
+        inputs[0].copy_(torch.randn_like(inputs[0]))
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(captured, run(), strict=True))
+
+
+@both
+def test_inductor_takes_the_statistics_whole(backend):
+    inputs = layer(20, 64, 16)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *v: bn_stats(*v, 1e-5, groups=2, backend=backend), fullgraph=True)
+    for found, wanted in zip(compiled(*inputs), bn_stats(*inputs, 1e-5, groups=2, backend=backend), strict=True):
+        assert (found - wanted).norm() <= 1e-5 * wanted.norm()
+    y, term = compiled(*inputs)
+    d_x = torch.autograd.grad(y.square().mean() + term.sum(), inputs[0])[0]
+    wanted = statistics_step(*inputs, backend=backend, groups=2)[2]
+    assert (d_x - wanted).norm() <= 1e-5 * wanted.norm()
+
+
 SANITIZER = shutil.which("compute-sanitizer") or next(
     iter(map(str, Path("/usr/local").glob("cuda*/bin/compute-sanitizer"))), None
 )
 CHECKED = """
 import torch
-from kernels import barlow_loss, krr_predict, nearest
+from kernels import barlow_loss, bn_stats, krr_predict, nearest
 torch.manual_seed(0)
 for m, n, d, c in ((33, 70, 130, 3), (17, 20, 65, 40), (100, 7, 33, 5)):
     f_t, f_s = (torch.randn(rows, d, device="cuda", requires_grad=True) for rows in (n, m))
@@ -225,6 +296,13 @@ for m, n, d, c in ((33, 70, 130, 3), (17, 20, 65, 40), (100, 7, 33, 5)):
             krr_predict(x, y, target, 1.0, ones=True, precision=precision, backend="triton").sum().backward()
     nearest(f_t, backend="triton")
     barlow_loss(f_t, torch.roll(f_t, 1, 0), 0.1, backend="triton").backward()
+for shape in ((6, 3, 5, 7), (10, 70, 7, 7), (4, 64, 16, 16)):
+    for dtype in (torch.float32, torch.bfloat16):
+        for layout in (torch.channels_last, torch.contiguous_format):
+            x = torch.randn(shape, device="cuda", dtype=dtype).contiguous(memory_format=layout).requires_grad_()
+            vectors = torch.rand(4, shape[1], device="cuda") + 0.5
+            y, term = bn_stats(x, *vectors, 1e-5, groups=2, backend="triton")
+            (y.float().sum() + term.sum()).backward()
 torch.cuda.synchronize()
 """
 

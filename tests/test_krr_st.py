@@ -27,7 +27,7 @@ from common.artefact import load_distilled
 from common.augment import crop_flip
 from common.data import load
 from common.models import ResNet
-from common.pretrain import Teacher, freeze, load_own
+from common.teacher import Teacher, freeze, load_own
 from krr_st import Args, Pool, batch_index, krr_st_loss, main, ridge_lam
 
 REPO = Path(krr_st.__file__).parent

@@ -21,24 +21,15 @@ from torch import nn
 
 import common.pretrain
 import common.run
+import common.teacher
 import kernels.barlow
 from common.artefact import save_distilled
 from common.augment import draw_variants, num_variants
 from common.data import load, normalise
 from common.models import ResNet
-from common.pretrain import (
-    IMAGENET,
-    AugmentedTargets,
-    Teacher,
-    barlow_loss,
-    cosine_lr,
-    knn_accuracy,
-    lars_,
-    load_teacher,
-    projector,
-    train_teacher,
-)
+from common.pretrain import barlow_loss, cosine_lr, knn_accuracy, lars_, projector, train_teacher
 from common.run import Stopped, all_finite, catch_signals, rng, seed_of
+from common.teacher import IMAGENET, AugmentedTargets, Teacher, load_teacher
 
 F64 = torch.float64
 CPU = torch.device("cpu")
@@ -519,14 +510,14 @@ def test_targets_are_cached_by_content_split_and_weights(trained, few, tmp_path,
 def test_targets_of_a_folder_that_is_read_only_are_computed(trained, few, tmp_path, monkeypatch, capsys):
     teacher = dataclasses.replace(trained[0], folder=tmp_path)
     expected = teacher.targets(few.x_test, CPU)
-    monkeypatch.setattr(common.pretrain.os, "access", lambda path, mode: (path, mode) != (tmp_path, os.W_OK))
+    monkeypatch.setattr(common.teacher.os, "access", lambda path, mode: (path, mode) != (tmp_path, os.W_OK))
     assert torch.equal(teacher.cached_targets(few.x_test, few.content, "test", CPU), expected)
     assert not list(tmp_path.iterdir())
     (note,) = capsys.readouterr().out.splitlines()
     assert str(tmp_path) in note and "read-only" in note and "test" in note
     monkeypatch.undo()
     teacher.cached_targets(few.x_test, few.content, "test", CPU)
-    monkeypatch.setattr(common.pretrain.os, "access", lambda *_: False)
+    monkeypatch.setattr(common.teacher.os, "access", lambda *_: False)
     with monkeypatch.context() as patch:
         patch.setattr(Teacher, "targets", forbid)  # what is there is read
         assert torch.equal(teacher.cached_targets(few.x_test, few.content, "test", CPU), expected)
@@ -535,7 +526,7 @@ def test_targets_of_a_folder_that_is_read_only_are_computed(trained, few, tmp_pa
     def denied(*_):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(common.pretrain, "load_file", denied)
+    monkeypatch.setattr(common.teacher, "load_file", denied)
     assert torch.equal(teacher.cached_targets(few.x_test, few.content, "test", CPU), expected)
     assert "Permission denied" in capsys.readouterr().out
 
@@ -544,7 +535,7 @@ def test_targets_that_a_full_disk_refuses_stop_the_run(trained, few, tmp_path, m
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(common.pretrain, "save_file", full)
+    monkeypatch.setattr(common.teacher, "save_file", full)
     teacher = dataclasses.replace(trained[0], folder=tmp_path)
     refuse(lambda: teacher.cached_targets(few.x_test, few.content, "test", CPU), "No space left", str(tmp_path))
 

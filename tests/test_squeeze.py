@@ -1,0 +1,917 @@
+"""common/pretrain.py, common/teacher.py: MoCo v2, supervised training and the linear probe against loops, whole steps
+included; training that stops and goes on; classifiers from files."""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import signal
+from collections import deque
+
+import pytest
+import torch
+import torchvision
+from conftest import refuse
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import common.pretrain
+import common.run
+from common.augment import crop_flip, resized_crop
+from common.data import Data, load, normalise
+from common.models import ResNet
+from common.pretrain import (
+    Queue,
+    SplitBatchNorm2d,
+    augmented,
+    enqueue_,
+    follow_,
+    gaussian_blur,
+    info_nce,
+    knn_accuracy,
+    moco_view,
+    probe_lr,
+    split_norms,
+    train_moco,
+    train_probe,
+    train_supervised,
+    train_teacher,
+)
+from common.run import Stopped, catch_signals, rng
+from common.students import per_class
+from common.teacher import IMAGENET, Teacher, classifier, digest_of, load_classifier, load_teacher
+
+F64 = torch.float64
+CPU = torch.device("cpu")
+NET = dict(arch="resnet10", width=4)
+MOCO = NET | dict(epochs=3, batch=32, lr=0.1, queue=48, dim=8, splits=4, crop_min=0.4)
+SUPERVISED = NET | dict(epochs=3, batch=32, lr=0.1)
+TRAINERS = {"moco": (train_moco, MOCO), "supervised": (train_supervised, SUPERVISED)}
+both = pytest.mark.parametrize("kind", TRAINERS)
+
+
+def gen(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The networks here are tiny."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load("digits")
+
+
+@pytest.fixture(scope="module")
+def few(digits):
+    """70 training and 40 test images: two steps of 32 an epoch, six images left over."""
+    parts = dict(x_train=digits.x_train[:70], y_train=digits.y_train[:70])
+    return dataclasses.replace(digits, **parts, x_test=digits.x_test[:40], y_test=digits.y_test[:40], content="f" * 64)
+
+
+@pytest.fixture(scope="module")
+def made(few, tmp_path_factory):
+    """{kind: its teacher of TRAINERS}."""
+    place = tmp_path_factory.mktemp("teachers")
+    return {kind: trainer(few, place, CPU, **settings) for kind, (trainer, settings) in TRAINERS.items()}
+
+
+def same(a, b):
+    """Whether all tensors of two modules or state dicts are equal, bit for bit."""
+    a, b = (x.state_dict() if isinstance(x, nn.Module) else x for x in (a, b))
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def forbid(*_, **__):
+    raise AssertionError("this must not be called")
+
+
+def close(a, b, rtol=1e-4):
+    """Whether a is b up to rtol of b's largest number."""
+    return (a.double() - b).abs().max() <= rtol * b.abs().max()
+
+
+# ------------------------------------------------------------------------------------------------- sub-batch BatchNorm
+
+
+class NaiveSplit(nn.Module):
+    """Every part of the batch by its own mean and variance, pixel sums and all, in the dtype of the images."""
+
+    def __init__(self, norm, splits):
+        super().__init__()
+        self.splits, self.eps, self.momentum = splits, norm.eps, norm.momentum
+        self.weight, self.bias = (nn.Parameter(p.detach().clone()) for p in (norm.weight, norm.bias))
+        self.mean, self.var = norm.running_mean.clone(), norm.running_var.clone()
+
+    def forward(self, x):
+        size, parts, means, variances = len(x) // self.splits, [], [], []
+        for s in range(self.splits):
+            part = x[s * size : (s + 1) * size].transpose(0, 1).flatten(1)  # (C, B / splits * H * W)
+            n = part.shape[1]
+            mean = part.sum(1) / n
+            var = (part - mean[:, None]).square().sum(1) / n
+            out = (part - mean[:, None]) / (var + self.eps).sqrt()[:, None] * self.weight[:, None] + self.bias[:, None]
+            parts.append(out.view(x.shape[1], size, *x.shape[2:]).transpose(0, 1))
+            means.append(mean.detach())
+            variances.append(var.detach() * n / (n - 1))
+        self.mean = (1 - self.momentum) * self.mean + self.momentum * sum(means) / self.splits
+        self.var = (1 - self.momentum) * self.var + self.momentum * sum(variances) / self.splits
+        return torch.cat(parts)
+
+
+def naive_net(state, splits):
+    """A ResNet-10 of width 4 with these weights in float64, every norm replaced by the naive one."""
+    net = ResNet("resnet10", 1, 4, "cifar", 1).double()
+    net.load_state_dict(state)
+    for name, norm in list(net.named_modules()):
+        if isinstance(norm, nn.BatchNorm2d):
+            net.set_submodule(name, NaiveSplit(norm, splits))
+    return net
+
+
+@pytest.mark.parametrize("splits", [1, 2, 4])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_each_part_of_the_batch_is_normalised_on_its_own(splits, layout):
+    norm = nn.BatchNorm2d(3, momentum=0.3).double()
+    for i, value in enumerate((norm.weight, norm.bias, norm.running_mean, norm.running_var)):
+        value.data.copy_(torch.rand(3, generator=gen(i)) + 0.5)
+    ours, naive = SplitBatchNorm2d(norm, splits).double(), NaiveSplit(norm, splits)
+    for step in range(3):
+        x = torch.randn(8, 3, 2, 5, generator=gen(10 + step), dtype=F64) * torch.tensor([1.0, 3.0, 0.1])[:, None, None]
+        x += 4 * torch.arange(8)[:, None, None, None]  # the parts differ
+        x_1, x_2 = (x.clone().contiguous(memory_format=layout).requires_grad_() for _ in range(2))
+        for net, images in ((ours, x_1), (naive, x_2)):
+            (net(images) * torch.arange(240).view(8, 3, 2, 5).cos()).sum().backward()
+        torch.testing.assert_close(ours(x), naive(x), rtol=1e-10, atol=1e-10)
+        for a, b in ((x_1.grad, x_2.grad), (ours.weight.grad, naive.weight.grad), (ours.bias.grad, naive.bias.grad)):
+            torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+        torch.testing.assert_close(ours.running_mean, naive.mean, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(ours.running_var, naive.var, rtol=1e-12, atol=1e-12)
+    assert ours.num_batches_tracked == 6
+
+
+def test_a_split_network_is_the_plain_one_in_eval_mode():
+    plain = ResNet("resnet10", 1, 4, stem_padding=1)
+    for value in plain.state_dict().values():
+        if value.is_floating_point() and value.ndim == 1:
+            value.copy_(torch.rand(value.shape, generator=gen(len(value))) + 0.5)
+    split = ResNet("resnet10", 1, 4, stem_padding=1)
+    split.load_state_dict(plain.state_dict())
+    split_norms(split, 4)
+    assert same(split, plain) and sum(isinstance(m, SplitBatchNorm2d) for m in split.modules()) == 12
+    x = torch.randn(3, 1, 8, 8, generator=gen())
+    assert torch.equal(split.eval()(x), plain.eval()(x))
+    assert same(split, plain)
+    with pytest.raises(ValueError, match="3 images cannot be split into 4"):
+        split.train()(x)
+
+
+# ----------------------------------------------------------------------------------------------- loss, queue, momentum
+
+
+def naive_info_nce(q, k, negatives, temperature):
+    losses = []
+    for query, key in zip(q, k, strict=True):
+        scores = [(query * other).sum() / temperature for other in (key, *negatives)]
+        losses.append(sum(score.exp() for score in scores).log() - scores[0])
+    return sum(losses) / len(losses)
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.7])
+def test_info_nce_is_the_loop(temperature):
+    q, k, negatives = (
+        nn.functional.normalize(torch.randn(n, 4, generator=gen(n), dtype=F64), dim=1) for n in (5, 6, 9)
+    )
+    k, (q_1, q_2) = k[:5], (q.clone().requires_grad_() for _ in range(2))
+    ours, naive = info_nce(q_1, k, negatives, temperature), naive_info_nce(q_2, k, negatives, temperature)
+    torch.testing.assert_close(ours, naive, rtol=1e-12, atol=0)
+    ours.backward(), naive.backward()
+    torch.testing.assert_close(q_1.grad, q_2.grad, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize(("size", "batch"), [(6, 2), (7, 3), (5, 5), (3, 5), (1, 4)])
+def test_the_queue_keeps_the_last_keys(size, batch):
+    keys = torch.full((size, 2), -1.0)
+    naive = deque([[-1.0, -1.0]] * size, maxlen=size)
+    for step in range(5):
+        new = torch.arange(2.0 * batch * step, 2.0 * batch * (step + 1)).view(batch, 2)
+        naive.extend(new.tolist())
+        enqueue_(keys, new, step * batch)
+        assert torch.roll(keys, -(step + 1) * batch % size, 0).tolist() == list(naive)
+
+
+def test_a_new_queue_has_unit_vectors_of_any_direction():
+    torch.manual_seed(0)
+    keys = Queue(500, 3).keys
+    torch.testing.assert_close(keys.norm(dim=1), torch.ones(500))
+    assert keys.mean(0).abs().max() < 5 / math.sqrt(3 * 500)
+    assert (keys.T @ keys / 500 - torch.eye(3) / 3).abs().max() < 0.1
+
+
+def test_the_slow_weights_follow():
+    slow, fast = ([torch.randn(shape, generator=gen(seed), dtype=F64) for shape in ((3, 2), (4,))] for seed in (0, 1))
+    expected = [[0.9 * a + 0.1 * b for a, b in zip(p.flatten(), q.flatten())] for p, q in zip(slow, fast)]  # noqa: B905
+    before = [p.clone() for p in fast]
+    follow_(slow, fast, 0.9)
+    for p, wanted in zip(slow, expected, strict=True):
+        torch.testing.assert_close(p.flatten(), torch.stack(wanted), rtol=1e-14, atol=0)
+    assert all(map(torch.equal, fast, before))
+
+
+# ---------------------------------------------------------------------------------------------------------------- views
+
+
+def test_blur_is_the_loop():
+    """Each pixel a mean weighted by exp(-distance^2 / 2 sigma^2), over the pixels that there are."""
+    x = torch.rand(40, 2, 5, 7, generator=gen())
+    blurred = gaussian_blur(x, gen(3), 0.5, 0.1, 2.0)
+    generator = gen(3)
+    sigmas, chances = torch.rand(40, generator=generator).double() * 1.9 + 0.1, torch.rand(40, generator=generator)
+    kept = 0
+    for image, out, sigma, chance in zip(x.double(), blurred, sigmas.tolist(), chances.tolist(), strict=True):
+        if chance >= 0.5:
+            kept += 1
+            assert torch.equal(out, image.float())
+            continue
+        for row, column in ((0, 0), (2, 3), (4, 5)):
+            weights = {
+                (r, c): math.exp(-((r - row) ** 2 + (c - column) ** 2) / (2 * sigma**2))
+                for r in range(5)
+                for c in range(7)
+            }
+            total = sum(weights.values())
+            for channel in range(2):
+                wanted = sum(w * image[channel, r, c].item() for (r, c), w in weights.items()) / total
+                assert out[channel, row, column].item() == pytest.approx(wanted, abs=1e-6)
+    assert 8 < kept < 32
+
+
+def test_a_view_is_mocos(monkeypatch):
+    """Crop and flip, jitter (0.4, 0.4, 0.4, 0.1) of four in five, grey one in five, blur of one in two on demand."""
+    asked = []
+    monkeypatch.setattr(common.pretrain, "resized_crop", lambda x, *args: asked.append(("crop", *args[1:])) or x)
+    monkeypatch.setattr(common.pretrain, "colour_jitter", lambda x, _, **args: asked.append(args) or x)
+    x = torch.rand(4000, 3, 2, 2, generator=gen())
+    view = moco_view(x, gen(1), (0.3, 1.0), True, False)
+    assert asked == [
+        ("crop", (0.3, 1.0), True),
+        dict(p=0.8, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1),
+    ]
+    grey = (view == view[:, :1]).all(1).all(1).all(1)
+    assert torch.equal(view[~grey], x[~grey])
+    luma = 0.299 * x[:, 0] + 0.587 * x[:, 1] + 0.114 * x[:, 2]
+    torch.testing.assert_close(view[grey, 0], luma[grey])
+    assert grey.float().mean() == pytest.approx(0.2, abs=5 * math.sqrt(0.16 / 4000))
+    blurred = (moco_view(x, gen(1), (0.3, 1.0), True, True) != view).flatten(1).any(1)
+    assert 0.4 < blurred.float().mean() < 0.5  # a sigma below 0.2 px changes nothing
+    one = x[:, :1].contiguous()
+    assert torch.equal(moco_view(one, gen(1), (0.3, 1.0), True, False), one)
+
+
+def test_views_of_supervised_training(digits):
+    x = digits.x_train[:50] / 255
+    for flip in (True, False):
+        assert torch.equal(augmented(x, gen(1), "pad", 0.5, flip), crop_flip(x, gen(1), flip))
+        assert torch.equal(augmented(x, gen(1), "resized", 0.5, flip), resized_crop(x, gen(1), (0.5, 1.0), flip))
+
+
+# ----------------------------------------------------------------------------------------------- whole steps, naively
+
+
+def spy(monkeypatch):
+    """What `optimise` trains: {"before": {name: state dict}, "modules", "rates"}, filled by the next training."""
+    seen, whole = {"rates": []}, common.pretrain.optimise
+
+    def optimise(checkpoint, modules, method, *rest, **options):
+        clone = lambda module: {key: value.clone() for key, value in module.state_dict().items()}  # noqa: E731
+        seen.update(before={name: clone(module) for name, module in modules.items()}, modules=modules)
+        after = method.before_update
+        method.before_update = lambda rate: seen["rates"].append(rate) or after(rate)
+        return whole(checkpoint, modules, method, *rest, **options)
+
+    monkeypatch.setattr(common.pretrain, "optimise", optimise)
+    return seen
+
+
+def record(monkeypatch, name):
+    """The results of every call of common.pretrain's function, as they come."""
+    results, whole = [], getattr(common.pretrain, name)
+    monkeypatch.setattr(common.pretrain, name, lambda *args: results.append(whole(*args)) or results[-1])
+    return results
+
+
+class Sgd:
+    """v = momentum v + g + decay p; p -= lr v."""
+
+    def __init__(self, params, momentum, decay):
+        self.params, self.momentum, self.decay = list(params), momentum, decay
+        self.v = [torch.zeros_like(p) for p in self.params]
+
+    def step(self, loss, lr):
+        grads = torch.autograd.grad(loss, self.params)
+        with torch.no_grad():
+            for p, v, g in zip(self.params, self.v, grads, strict=True):
+                v.mul_(self.momentum).add_(g + self.decay * p)
+                p.sub_(lr * v)
+
+
+def linear(state, prefix=""):
+    layer = nn.Linear(*state[f"{prefix}weight"].shape[::-1]).double()
+    layer.load_state_dict({key: state[f"{prefix}{key}"] for key in ("weight", "bias")})
+    return layer
+
+
+def check_net(state, naive):
+    """A trained network's parameters and running statistics against the naive float64 network's."""
+    for name, module in naive.named_modules():
+        if isinstance(module, NaiveSplit):
+            pairs = [("weight", module.weight), ("bias", module.bias), ("running_mean", module.mean),
+                     ("running_var", module.var)]  # fmt: skip
+        elif isinstance(module, nn.Conv2d):
+            pairs = [("weight", module.weight)]
+        else:
+            continue
+        for key, wanted in pairs:
+            assert close(state[f"{name}.{key}"], wanted.detach()), (name, key)
+
+
+@pytest.mark.parametrize("mlp", [False, True])
+def test_moco_is_the_naive_loop(few, monkeypatch, tmp_path, mlp):
+    """Four steps in float64 from the same start and views: both encoders, their statistics and the queue."""
+    seen, views = spy(monkeypatch), record(monkeypatch, "moco_view")
+    settings = dict(MOCO, epochs=2, temperature=0.2, key_momentum=0.7, momentum=0.8, weight_decay=0.01, mlp=mlp)
+    teacher = train_moco(few, tmp_path, CPU, **settings)
+    before, after = seen["before"], {name: module.state_dict() for name, module in seen["modules"].items()}
+    assert same(before["key_net"], before["net"]) and same(before["key_head"], before["head"])
+
+    layers = (0, 2) if mlp else (0,)
+    fast, slow = (naive_net(before[name], 4) for name in ("net", "key_net"))
+    heads = [[linear(before[name], f"{i}.") for i in layers] for name in ("head", "key_head")]
+    q_params = [*fast.parameters(), *(p for layer in heads[0] for p in layer.parameters())]
+    k_params = [*slow.parameters(), *(p for layer in heads[1] for p in layer.parameters())]
+    queue, sgd = deque(before["queue"]["keys"].double(), maxlen=48), Sgd(q_params, 0.8, 0.01)
+
+    def embed(net, head, x):
+        f = net(normalise(x, few.mean, few.std).double())
+        f = head[0](f) if len(head) == 1 else head[1](head[0](f).clamp(min=0))
+        return torch.stack([z / z.square().sum().sqrt() for z in f])
+
+    rates = []
+    for step in range(4):
+        epoch, i = divmod(step, 2)
+        x_q, x_k = views[2 * step : 2 * step + 2]
+        q = embed(fast, heads[0], x_q)
+        with torch.no_grad():
+            for p_k, p_q in zip(k_params, q_params, strict=True):
+                p_k.copy_(0.7 * p_k + 0.3 * p_q)
+            members = torch.randperm(32, generator=rng("teacher shuffle", 0, epoch, i)).tolist()
+            keys = embed(slow, heads[1], torch.stack([x_k[m] for m in members]))
+            keys = [keys[members.index(m)] for m in range(32)]
+        rates.append(0.1 * 0.5 * (1 + math.cos(math.pi * epoch / 2)))
+        sgd.step(naive_info_nce(q, keys, list(queue), 0.2), rates[-1])
+        queue.extend(keys)
+    assert seen["rates"] == pytest.approx(rates)
+    check_net(after["net"], fast)
+    check_net(after["key_net"], slow)
+    for name, head in zip(("head", "key_head"), heads, strict=True):
+        for i, layer in zip(layers, head, strict=True):
+            assert close(after[name][f"{i}.weight"], layer.weight.detach())
+            assert close(after[name][f"{i}.bias"], layer.bias.detach())
+    assert close(torch.roll(after["queue"]["keys"], -(4 * 32) % 48, 0), torch.stack(list(queue)), 1e-3)
+    assert same(teacher.net, after["net"]) and not same(after["net"], before["net"])
+
+
+@pytest.mark.parametrize(("crop", "warmup"), [("pad", 0), ("resized", 1)])
+def test_supervised_training_is_the_naive_loop(few, monkeypatch, tmp_path, crop, warmup):
+    """Six steps in float64 from the same start and views; the rates step by step, the accuracy at the end."""
+    seen, views = spy(monkeypatch), record(monkeypatch, "augmented")
+    asked, whole = [], common.pretrain.augmented
+    monkeypatch.setattr(common.pretrain, "augmented", lambda *args: asked.append(args[2:]) or whole(*args))
+    settings = SUPERVISED | dict(momentum=0.8, weight_decay=0.01, warmup=warmup, crop=crop, crop_min=0.3)
+    teacher = train_supervised(few, tmp_path, CPU, **settings)
+    assert asked == [(crop, 0.3, False)] * 6
+    before, after = seen["before"], {name: module.state_dict() for name, module in seen["modules"].items()}
+    net, fc = naive_net(before["net"], 1), linear(before["fc"])
+    sgd, rates = Sgd([*net.parameters(), *fc.parameters()], 0.8, 0.01), []
+    for step in range(6):
+        epoch, i = divmod(step, 2)
+        index = torch.randperm(70, generator=rng("teacher order", 0, epoch))[32 * i : 32 * (i + 1)]
+        scores = fc(net(normalise(views[step], few.mean, few.std).double()))
+        losses = [row.exp().sum().log() - row[y] for row, y in zip(scores, few.y_train[index].tolist(), strict=True)]
+        if step < 2 * warmup:
+            rates.append(max(1e-5, 0.1 * step / 2))
+        else:
+            rates.append(0.1 * 0.5 * (1 + math.cos(math.pi * (step - 2 * warmup) / (6 - 2 * warmup))))
+        sgd.step(sum(losses) / 32, rates[-1])
+    assert seen["rates"] == pytest.approx(rates)
+    check_net(after["net"], net)
+    assert close(after["fc"]["weight"], fc.weight.detach()) and close(after["fc"]["bias"], fc.bias.detach())
+    assert same(teacher.net, after["net"]) and same(teacher.fc, after["fc"])
+    with torch.no_grad():
+        right = teacher.fc(teacher.net(normalise(few.x_test, few.mean, few.std))).argmax(1) == few.y_test
+    assert teacher.info["accuracy"] == round(right.float().mean().item(), 4)
+
+
+# ---------------------------------------------------------------------------------------------------- squeezing digits
+
+
+def one_label(features, data, draws=20):
+    """Accuracy of the nearest of ten labelled images, one of each class, in `draws` paired draws: (draws,)."""
+    f_train, f_test = features(data.x_train), features(data.x_test)
+    drawn = [per_class(data.y_train, 1, "one label", draw) for draw in range(draws)]
+    return torch.tensor([knn_accuracy(f_train[i], data.y_train[i], f_test, data.y_test, k=1) for i in drawn])
+
+
+MOCO_SMALL = dict(epochs=8, batch=64, lr=0.2, queue=256, splits=2, key_momentum=0.9, crop_min=0.4)
+SMALL = {"moco": (train_moco, MOCO_SMALL), "supervised": (train_supervised, dict(epochs=8, batch=64))}
+
+
+@both
+def test_squeezes_of_digits_tell_classes_apart_by_one_label(digits, monkeypatch, tmp_path, kind):
+    """The loss falls, and the nearest labelled image is right more often than by the network before training."""
+    losses, whole, seen = [], nn.functional.cross_entropy, spy(monkeypatch)
+
+    def record_loss(*args, **options):
+        losses.append(whole(*args, **options))
+        return losses[-1]
+
+    trainer, settings = SMALL[kind]
+    with monkeypatch.context() as patch:
+        patch.setattr(common.pretrain.F, "cross_entropy", record_loss)
+        teacher = trainer(digits, tmp_path, CPU, arch="resnet10", width=8, **settings)
+    per_epoch = torch.stack(losses).detach().view(settings["epochs"], 1437 // 64).mean(1)
+    assert per_epoch[-1] < {"moco": 0.9, "supervised": 0.5}[kind] * per_epoch[1]  # the first fills MoCo's queue
+    start = dataclasses.replace(teacher, net=ResNet("resnet10", 1, 8, "cifar", 1).eval())
+    start.net.load_state_dict(seen["before"]["net"])
+    after, before = (one_label(lambda x, of=of: of.targets(x, CPU), digits) for of in (teacher, start))
+    gain = after - before
+    assert gain.mean() > 0.1 and gain.mean() > 3 * gain.std() / math.sqrt(len(gain))
+    assert list(teacher.info["knn"]) == [str(e) for e in range(1, settings["epochs"] + 1)
+                                         if e % max(1, settings["epochs"] // 5) == 0]  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------- stopping, caches
+
+
+@pytest.fixture
+def handlers():
+    """Puts back what catch_signals replaces."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    catch_signals()
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def signal_at(patch, number, at):
+    """The process gets the signal in the `at`-th call of cross_entropy from now (1: the next); counts the calls."""
+    calls, whole = [], nn.functional.cross_entropy
+
+    def cross_entropy(*args, **options):
+        calls.append(1)
+        if len(calls) == at:
+            os.kill(os.getpid(), number)
+        return whole(*args, **options)
+
+    catch_signals()
+    patch.setattr(common.pretrain.F, "cross_entropy", cross_entropy)
+    return calls
+
+
+def stops(monkeypatch, train, folder):
+    """train() ended by signals after 1, 2, 3 and 5 of its six steps, and one in the last; returns its result."""
+    done = []
+    for number, at in ((signal.SIGTERM, 1), (signal.SIGINT, 1), (signal.SIGTERM, 1), (signal.SIGINT, 2)):
+        with monkeypatch.context() as patch:
+            signal_at(patch, number, at)
+            with pytest.raises(Stopped):
+                train()
+        (path,) = (*folder.rglob("checkpoint.pt"), *folder.rglob("probe-*.pt"))
+        done.append(common.run.load_checkpoint(path)["step"])
+        torch.rand(5)  # the global generator is elsewhere by now
+    assert done == [1, 2, 3, 5] and not list(folder.rglob("*.safetensors"))
+    with monkeypatch.context() as patch:
+        calls = signal_at(patch, signal.SIGTERM, 1)
+        with pytest.raises(Stopped):
+            train()
+        assert len(calls) == 1 and not path.exists()  # it is finished
+    catch_signals()
+    return train()
+
+
+@both
+def test_a_stopped_squeeze_goes_on_bit_for_bit(few, made, monkeypatch, tmp_path, handlers, kind):
+    trainer, settings = TRAINERS[kind]
+    teacher = stops(monkeypatch, lambda: trainer(few, tmp_path, CPU, **settings), tmp_path)
+    assert same(teacher.net, made[kind].net) and teacher.info | {"seconds": 0} == made[kind].info | {"seconds": 0}
+    assert kind == "moco" or same(teacher.fc, made[kind].fc)
+
+
+def test_a_checkpoint_holds_all_that_moco_needs(few, monkeypatch, tmp_path, handlers):
+    seen = spy(monkeypatch)
+    with monkeypatch.context() as patch:
+        signal_at(patch, signal.SIGTERM, 2)
+        with pytest.raises(Stopped):
+            train_moco(few, tmp_path, CPU, **MOCO)
+    (path,) = tmp_path.rglob("checkpoint.pt")
+    state = common.run.load_checkpoint(path)
+    for name in ("net", "head", "key_net", "key_head", "queue"):
+        assert same(state[name], seen["modules"][name].state_dict())
+        assert not same(state[name], seen["before"][name]), name
+    catch_signals()
+    del state["queue"]
+    torch.save(state, path)
+    refuse(lambda: train_moco(few, tmp_path, CPU, **MOCO), str(path), "'queue'", "delete it to train the teacher anew")
+
+
+@both
+def test_a_squeeze_is_trained_once(few, made, monkeypatch, kind):
+    monkeypatch.setattr(common.pretrain, "optimise", forbid)
+    trainer, settings = TRAINERS[kind]
+    again = trainer(few, made[kind].folder.parent, CPU, **settings, save_minutes=1.0)
+    assert same(again.net, made[kind].net) and again.info == made[kind].info
+
+
+CHANGES = dict(arch="resnet18", width=2, stem_padding=2, epochs=4, batch=16, lr=0.2, weight_decay=0.0, momentum=0.5,
+               crop_min=0.5, seed=1, precision="bf16")  # fmt: skip
+OF_MOCO = dict(queue=16, temperature=0.3, key_momentum=0.5, dim=4, mlp=True, splits=2, blur=True)
+OF_SUPERVISED = dict(warmup=1, crop="resized")
+
+
+@both
+def test_every_setting_makes_another_teacher(few, made, monkeypatch, tmp_path, kind):
+    """And is in its info under its own name."""
+    monkeypatch.setattr(common.pretrain, "optimise", forbid)
+    trainer, settings = TRAINERS[kind]
+    names = set()
+    for key, value in (CHANGES | (OF_MOCO if kind == "moco" else OF_SUPERVISED)).items():
+        with pytest.raises(AssertionError, match="must not be called"):
+            trainer(few, tmp_path / key, CPU, **settings | {key: value})
+        (folder,) = (tmp_path / key).iterdir()
+        names.add(folder.name.rsplit("-", 1)[1])
+        assert made[kind].info[key] == settings.get(key, made[kind].info[key]) != value, key
+    assert len(names) == len(CHANGES) + len(OF_MOCO if kind == "moco" else OF_SUPERVISED)
+    assert made[kind].folder.name.rsplit("-", 1)[1] not in names
+
+
+def test_the_defaults_are_the_specifications(few, monkeypatch, tmp_path):
+    infos = []
+    monkeypatch.setattr(common.pretrain, "train", lambda info, *_, **__: infos.append(info))
+    many = dataclasses.replace(few, x_train=few.x_train[:1].expand(5000, -1, -1, -1))
+    train_moco(many, tmp_path, CPU)
+    train_supervised(many, tmp_path, CPU)
+    moco = dict(arch="resnet18", width=64, stem="cifar", stem_padding=1, epochs=200, batch=512, lr=0.06, momentum=0.9,
+                weight_decay=5e-4, queue=4096, temperature=0.1, key_momentum=0.99, dim=128, mlp=False, splits=8,
+                crop_min=0.08, blur=False, seed=0, precision="fp32", method="moco")  # fmt: skip
+    supervised = dict(arch="resnet18", width=64, stem="cifar", stem_padding=1, epochs=200, batch=128, lr=0.1,
+                      momentum=0.9, weight_decay=5e-4, warmup=0, crop="pad", seed=0, precision="fp32", classes=10,
+                      method="supervised")  # fmt: skip
+    assert moco.items() <= infos[0].items() and supervised.items() <= infos[1].items()
+    assert "classes" not in infos[0]
+
+
+@pytest.mark.parametrize(
+    ("images", "settings", "recorded"),
+    [(70, dict(batch=512, splits=8), (64, 8, 48)), (70, dict(batch=33, splits=4), (32, 4, 48)),
+     (5, dict(batch=512, splits=8), (4, 2, 4)), (2, dict(splits=8), (2, 1, 2)), (3, dict(), (3, 1, 3)),
+     (70, dict(batch=32, splits=4, queue=4096), (32, 4, 64))],
+    ids=str,
+)  # fmt: skip
+def test_moco_fits_itself_to_few_images(few, tmp_path, images, settings, recorded):
+    """(batch, splits, queue) as they were used: two images a part at least, no more keys than an epoch gives."""
+    data = dataclasses.replace(few, x_train=few.x_train[:images], y_train=few.y_train[:images])
+    info = train_moco(data, tmp_path, CPU, **MOCO | settings | dict(epochs=1)).info
+    assert (info["batch"], info["splits"], info["queue"]) == recorded
+
+
+def test_bf16_and_colour(tmp_path):
+    """Both squeezes of three channels, flips, blur and two layers run in bf16 and end finite and changed."""
+    x = torch.randint(0, 256, (16, 3, 8, 8), generator=gen(), dtype=torch.uint8)
+    mean, std = torch.full((3,), 0.5), torch.full((3,), 0.3)
+    data = Data(
+        "made", x, torch.arange(16) % 2, x[:4], torch.arange(4) % 2, ["a", "b"], mean, std, "none", "c" * 64, True
+    )
+    settings = NET | dict(epochs=2, batch=8, precision="bf16")
+    nets = [train_moco(data, tmp_path, CPU, **settings, mlp=True, blur=True, dim=4).net]
+    nets.append(train_supervised(data, tmp_path, CPU, **settings, crop="resized").net)
+    for net in nets:
+        assert net.bn1.running_mean.abs().max() > 0 and net.bn1.weight.unique().numel() > 1
+        assert all(value.isfinite().all() for value in net.state_dict().values())
+
+
+# -------------------------------------------------------------------------------------------------------------- errors
+
+
+@both
+def test_one_image_is_refused(few, tmp_path, kind):
+    one = dataclasses.replace(few, x_train=few.x_train[:1], y_train=few.y_train[:1])
+    refuse(lambda: TRAINERS[kind][0](one, tmp_path, CPU), "cannot be trained on one image")
+
+
+def test_labels_and_crops_are_checked(few, made, tmp_path):
+    bare = dataclasses.replace(few, y_train=None, y_test=None)
+    refuse(lambda: train_supervised(bare, tmp_path, CPU), "digits has no labels", "subfolder a class")
+    refuse(lambda: train_probe(made["moco"], bare, CPU, tmp_path), "digits has no labels", "subfolder a class")
+    refuse(lambda: train_supervised(few, tmp_path, CPU, crop="centre"), "'centre'", "pad, resized")
+    assert not list(tmp_path.iterdir())
+    assert train_moco(bare, tmp_path, CPU, **MOCO | dict(epochs=1)).info["knn"] == {}  # needs none
+
+
+@pytest.mark.parametrize(("kind", "flag"), [("moco", "--teacher-lr"), ("supervised", "--label-lr")])
+def test_a_squeeze_that_diverges_is_not_saved(few, monkeypatch, tmp_path, kind, flag):
+    whole = nn.functional.cross_entropy
+    monkeypatch.setattr(
+        common.pretrain.F, "cross_entropy", lambda *args, **options: whole(*args, **options) * torch.nan
+    )
+    trainer, settings = TRAINERS[kind]
+    line = refuse(lambda: trainer(few, tmp_path, CPU, **settings), "epoch 1, step 2: loss is nan", f"lower {flag}")
+    (folder,) = tmp_path.iterdir()
+    assert str(folder) in line and "(learning rate 0." in line and not list(folder.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("kind", "flag"), [("moco", "--teacher-batch"), ("supervised", "--label-batch"), ("barlow", "--teacher-projector")]
+)
+def test_too_little_memory_is_named_by_the_flag(few, monkeypatch, tmp_path, kind, flag):
+    """The images, of 10^6 bytes each, or the weights, whichever takes more."""
+    monkeypatch.setattr(common.run, "available_memory", lambda device: 1000)
+    monkeypatch.setattr(common.pretrain, "bytes_per_image", lambda net, x: 10**6 if kind != "barlow" else 1)
+    trainer, settings = (TRAINERS | {"barlow": (train_teacher, NET)})[kind]
+    refuse(lambda: trainer(few, tmp_path, CPU, **settings), f"set by {flag}: lower it")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_folders_of_barlow_twins_keep_their_names(monkeypatch, tmp_path):
+    """Those of users' caches: the name for these settings is what it was before other methods came."""
+    x = torch.zeros(300, 3, 32, 32, dtype=torch.uint8)
+    mean, std = torch.tensor([0.5, 0.25, 0.125]), torch.tensor([0.25, 0.5, 1.0])
+    data = Data("made", x, None, x[:4], None, [], mean, std, "none", "c" * 64, True)
+    monkeypatch.setattr(common.pretrain, "optimise", forbid)
+    with pytest.raises(AssertionError):
+        train_teacher(data, tmp_path, CPU, arch="resnet10", width=4, projector_width=16)
+    (folder,) = tmp_path.iterdir()
+    assert folder.name == "made-barlow-resnet10x4-1000ep-s0-f288ee10"
+
+
+# -------------------------------------------------------------------------------------------------------------- probe
+
+
+PROBE = dict(epochs=3, batch=32, lr=2.0)
+
+
+def info_of(path):
+    with safe_open(path, "pt") as file:
+        return json.loads(file.metadata()["info"])
+
+
+def test_the_probes_rate_falls_at_60_and_80_per_cent():
+    assert [probe_lr(epoch, 100, 30.0) for epoch in (0, 59, 60, 79, 80, 99)] == pytest.approx([30, 30, 3, 3, 0.3, 0.3])
+    assert [probe_lr(epoch, 7, 1.0) for epoch in range(7)] == pytest.approx([1, 1, 1, 1, 1, 0.1, 0.01])
+    assert [probe_lr(epoch, 1, 1.0) for epoch in range(1)] == [1.0]
+
+
+@pytest.mark.parametrize("augment", [True, False])
+@pytest.mark.parametrize("scaled", [True, False])
+def test_a_probe_is_the_naive_loop(few, made, monkeypatch, tmp_path, augment, scaled):
+    """Six steps in float64: of the augmented views' features, or of the plain ones'; the teacher stays as it is."""
+    teacher, views = made["moco"], record(monkeypatch, "augmented")
+    before = {key: value.clone() for key, value in teacher.net.state_dict().items()}
+    seen = spy(monkeypatch)
+    fc = train_probe(teacher, few, CPU, tmp_path, **PROBE, momentum=0.8, augment=augment, normalise=scaled)
+    assert same(teacher.net, before) and not teacher.net.training
+    weight, bias = seen["before"]["fc"]["weight"].double(), seen["before"]["fc"]["bias"].double()
+    assert weight.std() == pytest.approx(0.01, rel=0.2) and not bias.any() and weight.shape == (10, 32)
+    plain = teacher.targets(few.x_train, CPU).double()
+    length = math.sqrt(sum(f.square().sum().item() for f in plain) / 70) if scaled else 1.0
+    v_weight, v_bias, rates = torch.zeros_like(weight), torch.zeros_like(bias), []
+    for step in range(6):
+        epoch, i = divmod(step, 2)
+        index = torch.randperm(70, generator=rng("probe order", 0, epoch))[32 * i : 32 * (i + 1)]
+        f = teacher.features(views[step], CPU).double() if augment else plain[index]
+        f = f / length
+        error = (f @ weight.T + bias).softmax(1)
+        error[torch.arange(32), few.y_train[index]] -= 1
+        rates.append(2.0 if epoch < 2 else 0.2)
+        v_weight, v_bias = 0.8 * v_weight + error.T @ f / 32, 0.8 * v_bias + error.mean(0)
+        weight, bias = weight - rates[-1] * v_weight, bias - rates[-1] * v_bias
+    assert seen["rates"] == pytest.approx(rates)
+    assert close(fc.weight, weight / length) and close(fc.bias, bias)
+    (path,) = tmp_path.iterdir()
+    info = info_of(path)
+    right = fc(teacher.targets(few.x_test, CPU)).argmax(1) == few.y_test
+    assert info["accuracy"] == round(right.float().mean().item(), 4) and info["length"] == pytest.approx(length)
+    assert not any(p.requires_grad for p in fc.parameters()) and len(views) == (6 if augment else 0)
+
+
+def test_the_probe_sees_crops_and_flips(few, made, monkeypatch, tmp_path):
+    asked, whole = [], common.pretrain.augmented
+    monkeypatch.setattr(common.pretrain, "augmented", lambda x, g, *args: asked.append(args) or whole(x, g, *args))
+    train_probe(made["moco"], dataclasses.replace(few, flip=True), CPU, tmp_path, **PROBE | dict(epochs=1))
+    assert asked == [("resized", 0.08, True)] * 2
+
+
+def test_a_probe_that_changes_its_teacher_is_a_bug(few, made, monkeypatch, tmp_path):
+    """A last bit of one running statistic is enough."""
+    net = ResNet("resnet10", 1, 4, "cifar", 1)
+    net.load_state_dict(made["moco"].net.state_dict())
+    teacher, whole = dataclasses.replace(made["moco"], net=net), Teacher.features
+
+    def touch(self, x, device):
+        value = net.layer3[0].bn1.running_var
+        value[0] = torch.nextafter(value[0], torch.tensor(torch.inf))
+        return whole(self, x, device)
+
+    monkeypatch.setattr(Teacher, "features", touch)
+    with pytest.raises(RuntimeError, match="changed the weights or the statistics"):
+        train_probe(teacher, few, CPU, tmp_path, **PROBE)
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_the_normalised_probe_is_the_same_for_a_scaled_backbone(few, made, tmp_path):
+    """Features four times as long: the same logits, for a power of two up to the last bit of the weights."""
+    long = nn.Sequential(made["moco"].net, Scale())
+    scaled = dataclasses.replace(made["moco"], net=long, name="long")
+    fc, other = (
+        train_probe(teacher, few, CPU, tmp_path, **PROBE, augment=False, normalise=True)
+        for teacher in (made["moco"], scaled)
+    )
+    torch.testing.assert_close(4 * other.weight, fc.weight)
+    assert len(list(tmp_path.glob("probe-*"))) == 2
+
+
+class Scale(nn.Module):
+    def forward(self, x):
+        return 4 * x
+
+
+@pytest.mark.parametrize("augment", [True, False])
+def test_a_stopped_probe_goes_on_bit_for_bit(few, made, monkeypatch, tmp_path, handlers, augment):
+    train = lambda folder: train_probe(made["moco"], few, CPU, folder, **PROBE, augment=augment)  # noqa: E731
+    (tmp_path / "a").mkdir()
+    fc = stops(monkeypatch, lambda: train(tmp_path / "a"), tmp_path / "a")
+    assert same(fc, train(tmp_path / "b"))
+    (a,), (b,) = ((tmp_path / part).iterdir() for part in "ab")
+    assert a.name == b.name and info_of(a) | {"seconds": 0} == info_of(b) | {"seconds": 0}
+
+
+def test_a_probe_is_trained_once(few, made, monkeypatch, tmp_path, capsys):
+    fc = train_probe(made["moco"], few, CPU, tmp_path, **PROBE)
+    (path,) = tmp_path.iterdir()
+    words = f"test accuracy {info_of(path)['accuracy']:.1%}"
+    assert words in capsys.readouterr().out
+    monkeypatch.setattr(common.pretrain, "optimise", forbid)
+    again = train_probe(made["moco"], few, CPU, tmp_path, **PROBE, save_minutes=1.0)
+    assert same(again, fc) and not again.weight.requires_grad
+    assert words in capsys.readouterr().out
+    moved = ResNet("resnet10", 1, 4, "cifar", 1).eval()
+    moved.load_state_dict(made["moco"].net.state_dict())
+    moved.layer1[0].bn1.running_mean[0] += 1
+    others = [dataclasses.replace(made["moco"], net=moved), dataclasses.replace(made["moco"], std=few.std * 2),
+              dataclasses.replace(made["moco"], info={"stem_padding": 2})]  # fmt: skip
+    changes = [dict(epochs=4), dict(batch=16), dict(lr=1.0), dict(momentum=0.5), dict(augment=False),
+               dict(normalise=True), dict(seed=1), dict(precision="bf16")]  # fmt: skip
+    calls = [(other, few, PROBE) for other in others] + [(made["moco"], few, PROBE | change) for change in changes]
+    calls += [
+        (made["moco"], dataclasses.replace(few, **change), PROBE) for change in (dict(flip=True), dict(content="e"))
+    ]
+    for teacher, data, settings in calls:
+        with pytest.raises(AssertionError, match="must not be called"):
+            train_probe(teacher, data, CPU, tmp_path, **settings)
+
+
+def test_a_damaged_probe_is_named(few, made, tmp_path):
+    train_probe(made["moco"], few, CPU, tmp_path, **PROBE)
+    (path,) = tmp_path.iterdir()
+    whole, weights, info = path.read_bytes(), load_file(path), info_of(path)
+
+    def check():
+        words = str(path), "not a readable probe", "delete it"
+        refuse(lambda: train_probe(made["moco"], few, CPU, tmp_path, **PROBE), *words)
+
+    for damaged in (b"", b"<html>", whole[: len(whole) // 2]):
+        path.write_bytes(damaged)
+        check()
+    narrow = weights | {"weight": weights["weight"][:, :4].contiguous()}
+    for tensors, facts in ((narrow, info), (weights, info | {"format": "probe 0"}), (weights, []), ({}, info)):
+        save_file(tensors, path, metadata={"info": json.dumps(facts)})
+        check()
+    save_file(weights, path)
+    check()
+
+
+def test_a_probe_that_diverges_is_not_saved(few, made, monkeypatch, tmp_path):
+    whole = nn.functional.cross_entropy
+    monkeypatch.setattr(common.pretrain.F, "cross_entropy", lambda *args: whole(*args) * torch.inf)
+    refuse(lambda: train_probe(made["moco"], few, CPU, tmp_path, **PROBE), "probe: epoch 1, step 2", "--probe-lr")
+    assert not list(tmp_path.iterdir())
+
+
+# -------------------------------------------------------------------------------------------------------- classifiers
+
+
+def logits(teacher, x):
+    return teacher.fc(teacher.features(x, CPU))
+
+
+def test_a_supervised_teacher_comes_back_with_its_classifier(few, made):
+    teacher = made["supervised"]
+    expected = logits(teacher, few.x_test)
+    for spec in (teacher.folder, teacher.folder / "teacher.safetensors"):
+        for loaded in (load_classifier(str(spec), few, CPU), load_teacher(str(spec), few, CPU)):
+            assert torch.equal(logits(loaded, few.x_test), expected) and loaded.info == teacher.info
+            assert torch.equal(loaded.targets(few.x_test, CPU), teacher.targets(few.x_test, CPU))
+            assert not any(p.requires_grad for p in (*loaded.net.parameters(), *loaded.fc.parameters()))
+            assert not any(key.startswith("fc") for key in loaded.net.state_dict())
+    weights = load_file(teacher.folder / "teacher.safetensors")
+    assert teacher.info["weights_sha256"] == digest_of(weights)
+    assert torch.equal(weights["fc.weight"], teacher.fc.weight) and torch.equal(weights["fc.bias"], teacher.fc.bias)
+    joined = hashlib.sha256(b"".join(weights[key].numpy().tobytes() for key in sorted(weights))).hexdigest()
+    assert digest_of(weights) == joined
+    assert load_teacher(str(made["moco"].folder), few, CPU).fc is None
+
+
+def test_classifier_is_the_network_then_its_layer(few, made):
+    teacher = made["supervised"]
+    net = classifier(teacher, teacher.fc)
+    x = normalise(few.x_test, few.mean, few.std).requires_grad_()
+    assert torch.equal(net(x), logits(teacher, few.x_test))
+    assert not any(module.training for module in net.modules()) and not any(p.requires_grad for p in net.parameters())
+    net(x).sum().backward()
+    assert x.grad.abs().sum() > 0  # of the images it has one
+
+
+def test_files_without_the_right_classifier_are_refused(few, made, tmp_path):
+    load = lambda data, folder: load_classifier(str(folder), data, CPU)  # noqa: E731
+    refuse(lambda: load(few, made["moco"].folder), "--label-teacher", str(made["moco"].folder), "no linear classifier")
+    three = dataclasses.replace(few, class_names=["a", "b", "c"])
+    folder = made["supervised"].folder
+    refuse(lambda: load(three, folder), "--label-teacher", "10 classes, the data has 3")
+    colour = dataclasses.replace(few, x_train=few.x_train.expand(-1, 3, -1, -1))
+    refuse(lambda: load(colour, folder), "--label-teacher", "takes 1 channels, the data has 3")
+    refuse(lambda: load(few, tmp_path), "--label-teacher", "no such file")
+    weights, info = load_file(folder / "teacher.safetensors"), made["supervised"].info
+    path = tmp_path / "teacher.safetensors"
+    for change, words in (
+        ({"fc.bias": torch.zeros(9)}, ("size mismatch", "fc.bias")),
+        ({"fc.weight": None, "fc.bias": None}, ("Missing", "fc.weight", "fc.bias")),
+    ):
+        changed = {key: value for key, value in (weights | change).items() if value is not None}
+        save_file(changed, path, metadata={"info": json.dumps(info)})
+        refuse(lambda: load(few, path), str(path), *words)
+
+
+def colour_data(classes):
+    x = torch.randint(0, 256, (12, 3, 32, 32), generator=gen(), dtype=torch.uint8)
+    mean, std, y = torch.tensor([0.5, 0.4, 0.3]), torch.tensor([0.25, 0.3, 0.2]), torch.arange(12) % classes
+    return Data("made", x, y, x[:4], y[:4], [str(i) for i in range(classes)], mean, std, "none", "c" * 64, True)
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_a_torchvision_file_is_a_classifier(tmp_path, prefix):
+    torch.manual_seed(0)
+    source, path = torchvision.models.resnet18(weights=None, num_classes=5).eval(), tmp_path / "net.pth"
+    state = {prefix + key: value for key, value in source.state_dict().items()}
+    torch.save({"state_dict": state}, path)
+    data = colour_data(5)
+    teacher = load_classifier(str(path), data, CPU)
+    with torch.no_grad():
+        expected = source(normalise(data.x_test, *map(torch.tensor, IMAGENET)))
+    torch.testing.assert_close(
+        logits(teacher, data.x_test), expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item()
+    )
+    refuse(lambda: load_classifier(str(path), colour_data(6), CPU), "5 classes, the data has 6")
+    for missing in ("fc.weight", "fc.bias"):
+        torch.save({key: value for key, value in state.items() if key != prefix + missing}, path)
+        refuse(lambda: load_classifier(str(path), data, CPU), "no linear classifier")
+    torch.save(state | {prefix + "fc.weight": torch.zeros(5, 7)}, path)
+    refuse(lambda: load_classifier(str(path), data, CPU), "no linear classifier")
+    assert load_teacher(str(path), data, CPU).fc is None
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
+def test_a_torchvision_network_is_a_classifier(monkeypatch, name):
+    whole = torchvision.models.get_model
+
+    def get_model(name, weights):
+        torch.manual_seed(1)
+        return whole(name, weights=None, num_classes=4)
+
+    monkeypatch.setattr(torchvision.models, "get_model", get_model)
+    data = colour_data(4)
+    teacher = load_classifier(f"torchvision:{name}", data, CPU)
+    source = get_model(name, "DEFAULT").eval().to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        expected = source(normalise(data.x_test, *map(torch.tensor, IMAGENET)))
+    x = normalise(data.x_test, teacher.mean, teacher.std)
+    assert torch.equal(classifier(teacher, teacher.fc)(x), expected)
+    spec = f"torchvision:{name}"
+    refuse(lambda: load_classifier(spec, colour_data(7), CPU), f"--label-teacher {spec}", "4 classes, the data has 7")
+    refuse(lambda: load_classifier("torchvision:resnet19", data, CPU), "--label-teacher", "check the name")
