@@ -8,6 +8,7 @@ Zhou, Yin, Shao and Shen 2024, arXiv:2404.07976. Departures, results and cost: R
 
 import copy
 import io
+import os
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -180,6 +181,9 @@ class Args:
     """MoCo: temperature of the loss (CIFAR demo 0.1, ImageNet 0.2); None: from the preset"""
     teacher_key_momentum: float | None = None
     """MoCo: of the key encoder (CIFAR demo 0.99, ImageNet 0.999); None: from the preset"""
+    teacher_splits: int | None = None
+    """MoCo: parts of a batch that BatchNorm normalises each by itself, as GPUs would (8 published); None: from the
+    preset"""
     teacher_mlp: bool | None = None
     """MoCo: a projection of two layers, and blurred views (ImageNet); None: from the preset"""
     teacher_seed: int = 0
@@ -269,6 +273,7 @@ MOCO = dict(  # MoCo's CIFAR demo
     teacher_queue=4096,
     teacher_temperature=0.1,
     teacher_key_momentum=0.99,
+    teacher_splits=8,
     teacher_mlp=False,
 )
 PUBLISHED = MOCO | dict(  # of CIFAR-100; CIFAR-10, where nothing was published, and folders take it too
@@ -376,18 +381,20 @@ DIGITS = PUBLISHED | dict(  # SC-DD's departure 10
     jitter=(0, 0),
     teacher_arch="resnet10",
     teacher_width=16,
-    teacher_epochs=60,
-    teacher_batch=256,
+    teacher_epochs=40,
+    teacher_batch=128,
+    teacher_lr=0.2,
     teacher_crop_min=0.4,
-    teacher_queue=1024,
-    probe_epochs=50,
-    probe_lr=3.0,
+    teacher_queue=256,
+    teacher_key_momentum=0.9,
+    teacher_splits=2,
     probe_augment=False,
     label_epochs=20,
     eval_arch="resnet10",
     eval_width=16,
     eval_epochs=100,
     eval_batch=50,
+    eval_lr=1e-2,
     eval_smooth=2.0,
 )
 PRESETS = {
@@ -404,7 +411,10 @@ PRESETS = {
 }
 SIZES = {"imagenet": 224}  # published, where the set's usual size is another
 LIMITS = {  # of flags: one that is out of them is refused before anything begins
-    (1, inf): "ipc steps recover_batch save_every log_every chunk segments teacher_width teacher_epochs teacher_queue "
+    (
+        1,
+        inf,
+    ): "steps recover_batch save_every log_every chunk segments teacher_width teacher_epochs teacher_queue teacher_splits "
     "probe_epochs label_epochs eval_runs eval_width eval_epochs eval_smooth",
     (2, inf): "teacher_batch label_batch eval_batch",
     (0, inf): "label_warm_up stem_padding eval_warm_up save_minutes",
@@ -652,8 +662,9 @@ def main(args: Args) -> dict:
             blank[name] = nn.Sequential(net, nn.Linear(net(x).flatten(1).shape[1], classes)).eval()
         for row in recovered:
             if not any(isinstance(module, nn.BatchNorm2d) for module in blank[source[row]].modules()):
-                flag = f"--teacher {args.teacher}" if row == "distilled" else f"--label-teacher {args.label_teacher}"
-                mend = "name one that has" if row == "distilled" else "or give --no-sre2l"
+                own = source[row] == "squeezed"
+                flag = f"--teacher {args.teacher}" if own else f"--label-teacher {args.label_teacher}"
+                mend = "name one that has" if row == "distilled" else "name one that has, or give --no-sre2l"
                 raise UserError(f"{flag}: has no BatchNorm, whose statistics images are recovered from; {mend}")
         blank_of = {row: blank[source[row]] for row in recovered}
         image, phases = memory_needs(blank_of, make_student(), x, n, args)
@@ -703,6 +714,7 @@ def main(args: Args) -> dict:
             queue=args.teacher_queue,
             temperature=args.teacher_temperature,
             key_momentum=args.teacher_key_momentum,
+            splits=args.teacher_splits,
             mlp=args.teacher_mlp,
             blur=args.teacher_mlp,
             **own,
@@ -723,7 +735,7 @@ def main(args: Args) -> dict:
             squeezed,
             data,
             device,
-            squeezed.folder or run.folder,
+            squeezed.folder if squeezed.folder and os.access(squeezed.folder, os.W_OK) else run.folder,
             epochs=args.probe_epochs,
             lr=args.probe_lr,
             augment=args.probe_augment,

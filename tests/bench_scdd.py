@@ -8,7 +8,7 @@ memory. All variants start from the same network and images: they must report th
 The hooks do what the specification says of the published code: at the input of every BatchNorm the mean, and the
 variance of a permuted, contiguous copy, by autograd.
 
-    python tests/bench_scdd.py         # all rows: five minutes; writes tests/results/scdd/speed.json
+    python tests/bench_scdd.py         # all rows: five minutes on an idle machine; writes tests/results/scdd/speed.json
 """
 
 import argparse

@@ -410,6 +410,7 @@ def test_half_precision(last, dtype, backend):
     wide = [v.detach().double() for v in inputs]
     exact = run((wide[0].requires_grad_(), *wide[1:]), d_y.double(), d_term.double(), groups=2, backend="torch")
     assert relative(term, exact[1]) < 30 * U
+    assert relative(Traced.apply(*inputs, EPS, 2)[1], exact[1]) < 30 * U
     unit = torch.finfo(dtype).eps / 2
     if backend == "triton" and INTERPRETED and dtype == torch.bfloat16:
         unit *= 2  # the interpreter of Triton 3.6 cuts off where a GPU rounds

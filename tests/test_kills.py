@@ -1,7 +1,7 @@
-"""Accidents at seeded random places, each followed by a resume: the end is that of a quiet run. Fifty of krr_st, and
-twenty-five of each script without a teacher.
+"""Accidents at seeded random places, each followed by a resume: the end is that of a quiet run. Fifty of each script
+with a teacher, and twenty-five of each without.
 
-SIGKILL and SIGTERM in the teacher, at outer steps, in the evaluation, half-way through a checkpoint and between a
+SIGKILL and SIGTERM in the teachers, at outer steps, in the evaluation, half-way through a checkpoint and between a
 write and its rename; a disk that fills up in a checkpoint. `-s` shows each accident; the summary is always printed.
 """
 
@@ -33,12 +33,21 @@ CHAINS = {  # of runs that keep different things between steps
         dict(holdout=0.2, eval_every=5, pool_opt="adamw", outer_opt="sgd", save_minutes=1e-3),
         dict(ridge_grad=True, ridge_precision="fp32", norm="instance", pool_reset="released", grad_clip=1e-3),
     ],
+    "scdd": [
+        dict(recover_batch=4, chunk=8),  # two blocks
+        dict(squeeze="barlow", recover_batch=4, chunk=4, probe_augment="True"),
+        dict(init="real", segments=3, crop="True", curriculum=True, per_image=True, labels="stored", precision="bf16"),
+        dict(data="coloured", ipc=3, recover_batch=4, save_jpeg=True, full_row=True, probe_epochs=12, label_batch=8),
+        dict(holdout=0.2, save_minutes=1e-3, teacher_train_mode=True, published_metric=True, jitter=(0, 2)),
+    ],
     "frepo": STUDENTS,
     "isa": STUDENTS,
 }
 # in the teacher's training, of 11 batches an epoch; 1 is the first batch of the process
 TEACHER = [("teacher", "SIGKILL", 2, 9), ("teacher", "SIGTERM", 2, 9), ("teacher_save", "SIGKILL", 1, 1),
            ("teacher_save", "disk", 1, 1)]  # fmt: skip
+LABEL = [("label", "SIGKILL", 2, 9), ("label", "SIGTERM", 2, 9), ("label", "SIGINT", 2, 9)]  # scdd's labelling teacher
+PROBE = [("probe", "SIGKILL", 2, 9), ("probe", "SIGTERM", 2, 9)]  # and its linear probe
 # in the run: all of these get through at most 26 of its 36 steps
 LOOP = [("step", "SIGKILL", 2, 6), ("step", "SIGTERM", 2, 6), ("step", "SIGINT", 2, 6), ("run_save", "SIGKILL", 1, 2),
         ("run_save", "disk", 1, 2), ("rename", "SIGKILL", 1, 2)]  # fmt: skip
@@ -53,7 +62,11 @@ def accidents(name: str, chain: int, curve: bool) -> list[str]:
     loop = draw.sample(LOOP, k=6 if teacher else 4)
     if curve:
         loop[1:3] = CURVE
-    kinds = draw.choices(TEACHER, k=3 if teacher else 0) + loop + draw.choices(SCORE, k=1)
+    if name == "scdd":
+        kinds = [draw.choice(stage) for stage in (LABEL, TEACHER, PROBE)]
+    else:
+        kinds = draw.choices(TEACHER, k=3 if teacher else 0)
+    kinds += loop + draw.choices(SCORE, k=1)
     return [f"{place}:{draw.randint(low, high)}:{what}" for place, what, low, high in kinds]
 
 
@@ -69,7 +82,10 @@ def the_run(out_dir: Path) -> Path | None:
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_accidents_leave_no_trace(name, chain, tmp_path, capsys):
     script, facts = REPO / f"{name}.py", SCRIPTS[name]
-    values = facts.tiny | dict(steps=STEPS, save_minutes=0.0) | CHAINS[name][chain]
+    values = facts.tiny | dict(steps=STEPS, save_minutes=0.0)
+    if name == "scdd":
+        values |= dict(label_epochs=2, probe_epochs=3) | (facts.folder if "data" in CHAINS[name][chain] else {})
+    values |= CHAINS[name][chain]
     later = values.pop("later", {})
     if facts.teacher:
         values["teacher_epochs"] = 4
@@ -101,8 +117,9 @@ def test_accidents_leave_no_trace(name, chain, tmp_path, capsys):
     assert done.returncode == 0, done.stderr
     same_end(the_run(hurt / "runs"), the_run(straight / "runs"))
     if facts.teacher:
-        a, b = (next((parent / "runs" / "teachers").iterdir()) for parent in (straight, hurt))
-        assert a.name == b.name
-        assert equal(load_file(a / "teacher.safetensors"), load_file(b / "teacher.safetensors"))
+        a, b = (sorted((parent / "runs" / "teachers").glob("*/*.safetensors")) for parent in (straight, hurt))
+        assert [path.parts[-2:] for path in a] == [path.parts[-2:] for path in b]
+        for one, other in zip(a, b, strict=True):  # teachers, their targets, linear probes
+            assert equal(load_file(one), load_file(other)), one
     with capsys.disabled():
         print("\n" + "\n".join(log) + f"\n{name} chain {chain}: {len(log)} accidents, the end bit-identical")

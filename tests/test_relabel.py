@@ -988,6 +988,11 @@ def test_the_prediction_is_of_the_work_that_is_done(few, teacher, monkeypatch, b
     passed.clear()
     evaluate(few, slow, recipe, student=Slow, published=published, stored=dict(same=path))
     assert predicted == pytest.approx(passed.total()) and passed["teacher"] == 5 * 2 * 12 * (30 + 300)
+    online = dataclasses.replace(recipe, labels="online")  # files are not read then
+    predicted, again = (
+        predict_seconds(dict(same=30), few, Slow, slow, CPU, online, False, files) for files in ((), ("same",))
+    )
+    assert predicted == again
 
 
 def test_table_names_the_published_metric_for_what_it_is():

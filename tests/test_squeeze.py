@@ -367,7 +367,11 @@ def test_moco_is_the_naive_loop(few, monkeypatch, tmp_path, mlp):
     rates = []
     for step in range(4):
         epoch, i = divmod(step, 2)
+        index = torch.randperm(70, generator=rng("teacher order", 0, epoch))[32 * i : 32 * (i + 1)]
         x_q, x_k = views[2 * step : 2 * step + 2]
+        generator = rng("teacher views", 0, epoch, i)  # one for both, which therefore differ
+        assert torch.equal(x_q, moco_view(few.x_train[index] / 255, generator, (0.4, 1.0), False, False))
+        assert torch.equal(x_k, moco_view(few.x_train[index] / 255, generator, (0.4, 1.0), False, False))
         q = embed(fast, heads[0], x_q)
         with torch.no_grad():
             for p_k, p_q in zip(k_params, q_params, strict=True):
@@ -404,6 +408,9 @@ def test_supervised_training_is_the_naive_loop(few, monkeypatch, tmp_path, crop,
     for step in range(6):
         epoch, i = divmod(step, 2)
         index = torch.randperm(70, generator=rng("teacher order", 0, epoch))[32 * i : 32 * (i + 1)]
+        assert torch.equal(
+            views[step], augmented(few.x_train[index] / 255, rng("teacher views", 0, epoch, i), *asked[0])
+        )
         scores = fc(net(normalise(views[step], few.mean, few.std).double()))
         losses = [row.exp().sum().log() - row[y] for row, y in zip(scores, few.y_train[index].tolist(), strict=True)]
         if step < 2 * warmup:
@@ -695,7 +702,11 @@ def test_a_probe_is_the_naive_loop(few, made, monkeypatch, tmp_path, augment, sc
     for step in range(6):
         epoch, i = divmod(step, 2)
         index = torch.randperm(70, generator=rng("probe order", 0, epoch))[32 * i : 32 * (i + 1)]
-        f = teacher.features(views[step], CPU).double() if augment else plain[index]
+        f = plain[index]
+        if augment:
+            x = augmented(few.x_train[index] / 255, rng("probe views", 0, epoch, i), "resized", 0.08, False)
+            assert torch.equal(views[step], x)
+            f = teacher.features(x, CPU).double()
         f = f / length
         error = (f @ weight.T + bias).softmax(1)
         error[torch.arange(32), few.y_train[index]] -= 1

@@ -1,9 +1,9 @@
 """Run a script's command line with one accident in it, for the tests of bad luck: tests import `start`.
 
 An accident is "place:n:what": at the n-th arrival at the place, in this process, this happens.
-place: teacher (a step of its training), step (an outer step), score (a network or student of the evaluation, or of an
-application), rename (a file is written, not yet renamed), teacher_save and run_save (half of a checkpoint is on disk),
-begin (before anything).
+place: teacher (a step of its self-supervised training), label (of a supervised one's), probe (of a linear probe's),
+step (an outer step), score (a network or student of the evaluation, or of an application), rename (a file is written,
+not yet renamed), teacher_save and run_save (half of a checkpoint is on disk), begin (before anything).
 what: SIGKILL, SIGTERM, SIGINT, disk (files may not grow beyond what this one has), memory (30 MB more than now).
 """
 
@@ -87,9 +87,17 @@ def same_end(folder_a: Path, folder_b: Path) -> None:
     for name in a.keys() - {"seconds"}:
         assert equal(a[name], b[name]), name
     a, b = (json.loads((folder / "result.json").read_text()) for folder in (folder_a, folder_b))
-    assert a["eval"] == b["eval"] and a["loss_of_mean"] == b["loss_of_mean"]
-    a, b = (json.loads((folder / "curve.json").read_text()) for folder in (folder_a, folder_b))
+    assert a.keys() == b.keys()
+    for name in a.keys() & {"eval", "loss_of_mean", "statistics", "recognised", "jpeg_psnr_db", "label_bytes"}:
+        assert a[name] == b[name], name
+    a, b = ({path.name for path in folder.glob("*.safetensors")} for folder in (folder_a, folder_b))
     assert a == b
+    for name in a:  # the blocks, crops and labels of scdd.py
+        assert equal(load_file(folder_a / name), load_file(folder_b / name)), name
+    assert (folder_a / "curve.json").exists() == (folder_b / "curve.json").exists()
+    if (folder_a / "curve.json").exists():
+        a, b = (json.loads((folder / "curve.json").read_text()) for folder in (folder_a, folder_b))
+        assert a == b
 
 
 def equal(a, b) -> bool:
@@ -113,6 +121,7 @@ def main() -> None:
     import common.applications
     import common.evaluate
     import common.pretrain
+    import common.relabel
     import common.run
     import common.students
 
@@ -146,10 +155,20 @@ def main() -> None:
         setattr(module, name, wrapped)
 
     watch(common.pretrain, "two_views", "teacher")
+    watch(common.pretrain, "info_nce", "teacher")
+    watch(common.pretrain, "augmented", "label")
+    watch(common.pretrain, "probe_lr", "probe")
     watch(common.evaluate, "score_network", "score")
     watch(common.students, "score_student", "score")
     watch(common.applications, "outputs", "score")
     watch(os, "replace", "rename")
+
+    class Watched(common.relabel.Scored):
+        def add(self, *args) -> None:  # a student is trained and not yet noted
+            arrive("score")
+            super().add(*args)
+
+    common.relabel.Scored = Watched
     steps, torch_save = common.run.Run.steps, torch.save
 
     def watched_steps(run, *args):
