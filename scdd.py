@@ -411,11 +411,8 @@ PRESETS = {
 }
 SIZES = {"imagenet": 224}  # published, where the set's usual size is another
 LIMITS = {  # of flags: one that is out of them is refused before anything begins
-    (
-        1,
-        inf,
-    ): "steps recover_batch save_every log_every chunk segments teacher_width teacher_epochs teacher_queue teacher_splits "
-    "probe_epochs label_epochs eval_runs eval_width eval_epochs eval_smooth",
+    (1, inf): "steps recover_batch save_every log_every chunk segments teacher_width teacher_epochs teacher_queue "
+    "teacher_splits probe_epochs label_epochs eval_runs eval_width eval_epochs eval_smooth",
     (2, inf): "teacher_batch label_batch eval_batch",
     (0, inf): "label_warm_up stem_padding eval_warm_up save_minutes",
     (0, 1e6): "lr_img r_bn first_bn_multiplier sre2l_lr_img sre2l_r_bn teacher_lr probe_lr label_lr label_wd eval_lr "
