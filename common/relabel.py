@@ -181,7 +181,7 @@ def views(x: Inputs | Tensor, epoch: int, index: Tensor, recipe: SoftRecipe, *ke
 def epoch_batches(n: int, batch: int, *key) -> tuple[Tensor, ...]:
     """The places of n images in a random order, batch by batch: the last one is short, but never of one image."""
     parts = list(torch.randperm(n, generator=rng("soft order", *key)).split(batch))
-    if len(parts) > 1 and len(parts[-1]) < 2:
+    if len(parts) > 1 and len(parts[-1]) < 2:  # SC-DD's departure 11: BatchNorm cannot train on one image
         parts[-2:] = [torch.cat(parts[-2:])]
     return tuple(parts)
 

