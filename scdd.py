@@ -29,12 +29,14 @@ import kernels
 from common.artefact import load_distilled, save_distilled
 from common.augment import boxes, counter_uniform, cyclic_shift, resample, upload
 from common.data import Data, Inputs, denormalise, describe, hold_out, load, normalise
-from common.models import ResNet, apply_chunked
+from common.models import ResNet
 from common.pretrain import train_moco, train_probe, train_supervised, train_teacher
 from common.relabel import (
-    SPARE,
     SoftRecipe,
+    StoredLabels,
+    digest,
     evaluate_soft,
+    hits,
     label_all,
     label_bytes,
     predict_seconds,
@@ -97,7 +99,7 @@ class Args:
     resume: str | None = None
     """run folder to go on with; its args.json gives the defaults, flags of the method must not change"""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """of the convolutions; statistics, losses and pixels stay fp32"""
+    """of the convolutions in the teachers' training and in recovery; all else is fp32, students and labels too"""
     backend: Literal["auto", "triton", "torch"] = "auto"
     """of the BatchNorm statistics: this project's Triton kernels (CUDA only), torch, or auto: whichever was measured
     faster on this class of GPU (torch without a measurement)"""
@@ -134,7 +136,7 @@ class Args:
     crop_min: float = 0.08
     """smallest area of the box, as a fraction of the image"""
     curriculum: bool = False
-    """with --crop: that area falls from 1 to --crop-min by a cosine over the steps (CDA)"""
+    """with --crop True: that area falls from 1 to --crop-min by a cosine over the steps (CDA)"""
     jitter: tuple[int, int] | None = None
     """least and largest cyclic shift along each axis, in pixels (published 0 4 on CIFAR-100, 0 32 on ImageNet); None:
     from the preset"""
@@ -160,8 +162,8 @@ class Args:
     """how the network that images are recovered from is trained: MoCo v2, Barlow Twins, or the labelling teacher is
     taken, which is SRe2L"""
     teacher: str | None = None
-    """train (by --squeeze on --data, cached), a file (this project's, solo-learn's, torchvision's), torchvision:NAME or
-    timm:NAME; None: from the preset"""
+    """train (by --squeeze on --data, cached), a file (this project's, solo-learn's, torchvision's), or timm:NAME; None:
+    from the preset"""
     teacher_arch: Literal["resnet10", "resnet18", "resnet50"] | None = None
     """of the trained squeeze; None: from the preset"""
     teacher_width: int | None = None
@@ -173,6 +175,8 @@ class Args:
     teacher_lr: float | None = None
     """its learning rate: of SGD (MoCo 0.06, ImageNet 0.03), or LARS's per 256 images (Barlow Twins 0.3); None: from the
     preset"""
+    teacher_wd: float | None = None
+    """MoCo: weight decay (CIFAR demo 5e-4, ImageNet 1e-4); None: from the preset"""
     teacher_crop_min: float | None = None
     """smallest area of a view, as a fraction of the image; None: from the preset"""
     teacher_queue: int | None = None
@@ -189,7 +193,7 @@ class Args:
     teacher_seed: int = 0
     """seed of both teachers' training, apart from --seed so that all seeds of a method share them"""
     stem_padding: int = 1
-    """zero padding of a teacher's 3x3 stem (MoCo's and SC-DD's 1, solo-learn 2)"""
+    """zero padding of the squeeze's 3x3 stem (MoCo's and SC-DD's 1, files of solo-learn 2); other networks have 1"""
     probe_epochs: int | None = None
     """epochs of the linear probe on the squeezed network (MoCo 100); None: from the preset"""
     probe_lr: float | None = None
@@ -199,6 +203,10 @@ class Args:
     label_teacher: str | None = None
     """the supervised network that labels: train (on --data, cached), a ResNet file with a classifier, or
     torchvision:NAME; None: from the preset"""
+    label_arch: Literal["resnet10", "resnet18", "resnet50"] | None = None
+    """of the trained labelling teacher; None: from the preset"""
+    label_width: int | None = None
+    """channels of its first stage; None: from the preset"""
     label_epochs: int | None = None
     """its epochs (SRe2L 200 on CIFAR-100, 50 on Tiny-ImageNet); None: from the preset"""
     label_batch: int | None = None
@@ -254,7 +262,8 @@ class Args:
     eval_ce: float = 0.025
     """weight of that cross-entropy"""
     eval_crop: Literal["pad", "resized", "none"] | None = None
-    """views of a student: zero-padded and cropped, or random boxes; both mirrored; None: from the preset"""
+    """views of a student: zero-padded and cropped, random boxes, or whole; all of them mirrored; None: from the
+    preset"""
     eval_crop_min: float = 0.08
     """smallest area of such a box"""
     eval_mix: Literal["none", "mixup", "cutmix"] | None = None
@@ -264,18 +273,20 @@ class Args:
     eval_ema: float = 0.0
     """score the running mean of a student's weights with this decay (EDC 0.99); 0: its last weights"""
     full_row: bool = False
-    """add a row of students of all real images, for as many updates"""
+    """add a row of students of all real images, for about as many updates, at least one epoch"""
 
 
 MOCO = dict(  # MoCo's CIFAR demo
     teacher_batch=512,
     teacher_lr=0.06,
+    teacher_wd=5e-4,
     teacher_queue=4096,
     teacher_temperature=0.1,
     teacher_key_momentum=0.99,
     teacher_splits=8,
     teacher_mlp=False,
 )
+BARLOW = dict(teacher_batch=256, teacher_lr=0.3)  # in their place, with --squeeze barlow: solo-learn's
 PUBLISHED = MOCO | dict(  # of CIFAR-100; CIFAR-10, where nothing was published, and folders take it too
     save_every=200,
     ipc=50,
@@ -296,6 +307,8 @@ PUBLISHED = MOCO | dict(  # of CIFAR-100; CIFAR-10, where nothing was published,
     probe_lr=30.0,
     probe_augment=True,
     label_teacher="train",
+    label_arch="resnet18",
+    label_width=64,
     label_epochs=200,
     label_batch=128,
     label_lr=0.1,
@@ -353,6 +366,7 @@ SIZE_224 = PUBLISHED | dict(  # ImageNet
     teacher_arch="resnet50",
     teacher_batch=256,
     teacher_lr=0.03,
+    teacher_wd=1e-4,
     teacher_crop_min=0.2,
     teacher_queue=65_536,
     teacher_temperature=0.2,
@@ -389,6 +403,8 @@ DIGITS = PUBLISHED | dict(  # SC-DD's departure 10
     teacher_key_momentum=0.9,
     teacher_splits=2,
     probe_augment=False,
+    label_arch="resnet10",
+    label_width=16,
     label_epochs=20,
     eval_arch="resnet10",
     eval_width=16,
@@ -412,11 +428,11 @@ PRESETS = {
 SIZES = {"imagenet": 224}  # published, where the set's usual size is another
 LIMITS = {  # of flags: one that is out of them is refused before anything begins
     (1, inf): "steps recover_batch save_every log_every chunk segments teacher_width teacher_epochs teacher_queue "
-    "teacher_splits probe_epochs label_epochs eval_runs eval_width eval_epochs eval_smooth",
+    "teacher_splits probe_epochs label_width label_epochs eval_runs eval_width eval_epochs eval_smooth",
     (2, inf): "teacher_batch label_batch eval_batch",
     (0, inf): "label_warm_up stem_padding eval_warm_up save_minutes",
-    (0, 1e6): "lr_img r_bn first_bn_multiplier sre2l_lr_img sre2l_r_bn teacher_lr probe_lr label_lr label_wd eval_lr "
-    "eval_wd eval_ce",
+    (0, 1e6): "lr_img r_bn first_bn_multiplier sre2l_lr_img sre2l_r_bn teacher_lr teacher_wd probe_lr label_lr "
+    "label_wd eval_lr eval_wd eval_ce",
     (0, 1): "residual teacher_key_momentum",
     (1e-4, 1): "crop_min teacher_crop_min eval_crop_min",
     (0, 0.9999): "eval_ema",
@@ -452,7 +468,7 @@ class StatisticsNorm(nn.Module):
         y, self.term = kernels.bn_stats(
             x, n.weight, n.bias, n.running_mean, n.running_var, n.eps, groups=self.groups, backend=self.backend
         )
-        return y
+        return y if type(n) is nn.BatchNorm2d else n(x)  # timm's BatchNorm with an activation in it
 
 
 def with_statistics(
@@ -584,7 +600,7 @@ def memory_needs(
     weights = 4 * sum(p.numel() for net in [*networks.values(), student, student, student] for p in net.parameters())
     held = {"libraries": 300_000_000, "--teacher-width or --eval-width": 2 * weights}
     pixels = 5 * 4 * x[0].numel()  # with Adam's moments, the gradient and the start
-    update = {"--eval-batch": int(1.5 * args.eval_batch * bytes_per_image(student, x)), "--ipc": 4 * n * x[0].numel()}
+    update = {"--eval-batch": int(1.5 * args.eval_batch * bytes_per_image(student, x))}
     if args.labels == "stored":
         update["--eval-epochs"] = 2 * n * student(x).shape[1]  # one epoch at a time
     phases = {"recovery": {}, "training of students": update}
@@ -598,7 +614,7 @@ def main(args: Args) -> dict:
         args.data,
         data_dir=args.data_dir,
         size=args.size or SIZES.get(args.data),
-        resize=args.resize,
+        resize=args.resize,  # SC-DD's departure 12
         channels=args.channels,
         test_fraction=args.test_fraction,
         seed=args.split_seed,
@@ -614,6 +630,8 @@ def main(args: Args) -> dict:
     if args.squeeze == "supervised":
         args = fill(args, dict(sre2l_lr_img=of["sre2l_lr_img"], sre2l_r_bn=of["sre2l_r_bn"]))
         of = of | dict(lr_img=args.sre2l_lr_img, r_bn=args.sre2l_r_bn)
+    if args.squeeze == "barlow":
+        of = of | BARLOW
     args = fill(args, of)
     check_limits(args, LIMITS)
     labels, counts = data.y_train.unique(return_counts=True)  # a part may lack some
@@ -629,32 +647,43 @@ def main(args: Args) -> dict:
         raise UserError(f"--segments {args.segments}: at most the {args.steps} of --steps")
     if args.segments > 1 and args.init != "real":
         raise UserError("--segments: the start that comes back must be real images; give --init real")
+    for epochs, warm_up in ((args.eval_epochs, args.eval_warm_up), (args.label_epochs, args.label_warm_up)):
+        if warm_up >= epochs:
+            raise UserError(f"--eval-warm-up, --label-warm-up: {warm_up} of {epochs} epochs; leave some after it")
     if args.curriculum and not args.crop:
-        raise UserError("--curriculum: is of the boxes of --crop; give both")
+        raise UserError("--curriculum: is of the boxes of --crop; give --crop True as well")
+    if args.per_image and not args.crop and low == high:
+        raise UserError("--per-image: draws boxes and shifts; give --crop True or --jitter")
     if args.resume and args.chunk != load_args(Args, args.resume).chunk:
         raise UserError("--chunk: the blocks of images are part of a run that is resumed; drop the flag")
+    if args.squeeze == "supervised" and args.teacher not in ("train", "file"):
+        raise UserError(
+            f"--teacher {args.teacher}: --squeeze supervised recovers from --label-teacher; drop one of them"
+        )
     if args.teacher == "file" and args.squeeze != "supervised":
-        raise UserError(f"preset {preset} takes a published squeeze: --teacher FILE, torchvision:resnet50 or train")
+        raise UserError(f"preset {preset} takes a published squeeze: --teacher FILE, or train")
     print(f"data: {describe(data)}; preset {preset}")
     stem = "cifar" if data.size <= 96 else "imagenet"
-    shape = dict(channels=data.channels, stem=stem, stem_padding=args.stem_padding)
+    shape = dict(channels=data.channels, stem=stem)
     recovered = ["distilled"] + (["sre2l"] if args.sre2l and args.squeeze != "supervised" else [])
 
     def make_student() -> nn.Module:
-        net = ResNet(args.eval_arch, width=args.eval_width, **shape)
+        net = ResNet(args.eval_arch, width=args.eval_width, stem_padding=1, **shape)
         return nn.Sequential(net, nn.Linear(net.dim, classes))
 
     # networks that come as files are looked at before a folder is begun
     squeezed = label = None
     if args.label_teacher != "train":
-        label = load_classifier(args.label_teacher, data, device, args.stem_padding)
+        label = load_classifier(args.label_teacher, data, device)
     if args.squeeze != "supervised" and args.teacher != "train":
         squeezed = load_teacher(args.teacher, data, device, args.stem_padding)
     source = dict(distilled="label" if args.squeeze == "supervised" else "squeezed", sre2l="label")
     with torch.device("meta"):
         blank, x = {}, torch.zeros(2, data.channels, data.size, data.size)
         for name, teacher in dict(label=label, squeezed=squeezed).items():
-            own = dict(arch=args.teacher_arch, width=args.teacher_width)
+            own = dict(arch=args.teacher_arch, width=args.teacher_width, stem_padding=args.stem_padding)
+            if name == "label":
+                own = dict(arch=args.label_arch, width=args.label_width, stem_padding=1)
             net = copy.deepcopy(teacher.net).to("meta") if teacher else ResNet(**own, **shape)
             blank[name] = nn.Sequential(net, nn.Linear(net(x).flatten(1).shape[1], classes)).eval()
         for row in recovered:
@@ -668,7 +697,14 @@ def main(args: Args) -> dict:
     if args.chunk is None:
         args = replace(args, chunk=fit_chunk(n, image, sum(phases["recovery"].values()), device))
     y, blocks = recovery_batches(labels, args.ipc, args.recover_batch, args.chunk)
-    phases["recovery"]["--recover-batch"] = max(size for _, size, _ in blocks) * image
+    flag = "--chunk" if args.chunk >= 2 * args.recover_batch else "--recover-batch"
+    phases["recovery"][flag] = max(size for _, size, _ in blocks) * image
+    spare = phases["training of students"]["--eval-batch"] + 2**30  # sets of images stay on a GPU if this is left
+    sets_of = {"--ipc": 12 * n * x[0].numel()}  # one row's images, twice for a moment, and the distilled ones
+    if device.type == "cpu":
+        phases["training of students"] |= sets_of
+    else:
+        check_memory({"rows of images": sets_of}, torch.device("cpu"))
     check_memory(phases, device)
     try:
         backend = kernels.describe("fp32", device, args.backend, "statistics")
@@ -681,19 +717,15 @@ def main(args: Args) -> dict:
 
     # teacher (SC-DD's departure 8)
     teachers = Path(args.out_dir) / "teachers"
-    common = dict(
-        arch=args.teacher_arch,
-        width=args.teacher_width,
-        stem_padding=args.stem_padding,
-        seed=args.teacher_seed,
-        precision=args.precision,
-        save_minutes=args.save_minutes,
-    )
+    common = dict(seed=args.teacher_seed, precision=args.precision, save_minutes=args.save_minutes)
     if label is None:
         label = train_supervised(
             data,
             teachers,
             device,
+            arch=args.label_arch,
+            width=args.label_width,
+            stem_padding=1,
             epochs=args.label_epochs,
             batch=args.label_batch,
             lr=args.label_lr,
@@ -702,12 +734,21 @@ def main(args: Args) -> dict:
             crop=args.label_crop,
             **common,
         )
-    own = dict(epochs=args.teacher_epochs, batch=args.teacher_batch, lr=args.teacher_lr, crop_min=args.teacher_crop_min)
+    own = dict(
+        arch=args.teacher_arch,
+        width=args.teacher_width,
+        stem_padding=args.stem_padding,
+        epochs=args.teacher_epochs,
+        batch=args.teacher_batch,
+        lr=args.teacher_lr,
+        crop_min=args.teacher_crop_min,
+    )
     if squeezed is None and args.squeeze == "moco2":
         squeezed = train_moco(
             data,
             teachers,
             device,
+            weight_decay=args.teacher_wd,
             queue=args.teacher_queue,
             temperature=args.teacher_temperature,
             key_momentum=args.teacher_key_momentum,
@@ -742,11 +783,15 @@ def main(args: Args) -> dict:
             save_minutes=args.save_minutes,
         )
         networks["distilled"], facts["distilled"] = rescaled(squeezed, probe), squeezed.info | dict(name=squeezed.name)
+        right = hits(
+            networks["distilled"], Inputs(data.x_test, data.mean, data.std, None, device, 0.0, spare), data.y_test
+        )
+        facts["distilled"]["probe_accuracy"] = float(right.float().mean())
         networks["sre2l"] = networks["label"]
 
     # distilled set
     mean, std = data.mean.to(device)[:, None, None], data.std.to(device)[:, None, None]
-    inputs = partial(Inputs, mean=data.mean, std=data.std, zca=None, device=device, gigabytes=0.0, spare=SPARE)
+    inputs = partial(Inputs, mean=data.mean, std=data.std, zca=None, device=device, gigabytes=0.0, spare=spare)
     starts = in_order(per_class(data.y_train, args.ipc, "initial images", args.seed), args.ipc)
 
     def start(first: int, size: int, batch: int) -> Tensor:
@@ -760,7 +805,7 @@ def main(args: Args) -> dict:
     def measured(name: str, x: Tensor, batch: int) -> float:
         """Mean statistics loss over the batches of normalised images, as they are."""
         with torch.no_grad():
-            terms = network(name, len(x) // batch)(x)[1]
+            terms = with_statistics(networks[name], len(x) // batch, args.backend)(x)[1]
             return float((terms.sum(0) + (args.first_bn_multiplier - 1) * terms[0]).mean())
 
     # networks
@@ -781,8 +826,9 @@ def main(args: Args) -> dict:
         return run.file(f"recovered-{jobs[job][0]}-{jobs[job][1]:06d}.safetensors")
 
     with torch.no_grad():
-        checked = networks["distilled"](normalise(data.x_train[:8].to(device), data.mean, data.std)).cpu()
-    run.check_same("scores of the network that images are recovered from", checked)
+        x = normalise(data.x_train[:8].to(device), data.mean, data.std)
+        checked = torch.cat([networks[name](x) for name in ("distilled", "label")], 1).cpu()
+    run.check_same("scores of the networks that images are recovered from and labelled by", checked)
     recipe = SoftRecipe(
         epochs=args.eval_epochs,
         runs=args.eval_runs,
@@ -807,7 +853,7 @@ def main(args: Args) -> dict:
         labels=args.labels,
     )
     rows = ("random_real", "random_crops", *reversed(recovered))
-    sizes = dict.fromkeys((*rows, "all_real")[: len(rows) + args.full_row], n)
+    sizes = dict.fromkeys(rows, n) | ({"all_real": n} if args.full_row else {})
     seconds_all = predict_seconds(sizes, data, make_student, networks["label"], device, recipe, args.published_metric)
 
     def grid(t: int) -> None:
@@ -871,81 +917,102 @@ def main(args: Args) -> dict:
         if saving:
             checkpoint(done)
 
+    x_s = x_0 = optimizer = scores_and_terms = None
+    functions.clear()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # for the sets of images that the evaluation keeps there
+
     # evaluation
-    def collected(name: str) -> Tensor:
+    def denormalised(name: str) -> Tensor:
         """All images of a recovery in pixel units, class after class. (n, C, H, W)"""
         x = torch.cat([read_images(block_file(job)) for job in range(len(jobs)) if jobs[job][0] == name])
-        return by_class(denormalise(x, data.mean, data.std).clamp(0, 1), args.ipc)
+        x.mul_(data.std[:, None, None]).add_(data.mean[:, None, None]).clamp_(0, 1)
+        return by_class(x, args.ipc)
+
+    def collected(name: str) -> Tensor:
+        """The same as they are kept."""
+        x = denormalised(name)
+        return through_jpeg(x) if args.save_jpeg else x  # SC-DD's departure 5: floats are kept
+
+    def save(x: Tensor) -> None:
+        save_distilled(
+            run.file("distilled.safetensors"),
+            x,
+            F.one_hot(classes_of, classes),
+            data.mean,
+            data.std,
+            method=run.name,
+            data=data.name,
+            content=data.content,
+            y_is="class scores",
+            class_names=data.class_names,
+            resize=data.resize,
+            step=args.steps,
+            seed=args.seed,
+            recipe=asdict(recipe),
+            teacher=facts["distilled"],
+            extra=dict(
+                ipc=args.ipc,
+                label_teacher=facts["label"],
+                label_bytes=label_bytes(n, classes, recipe) if args.labels == "stored" else 0,
+                eval_arch=args.eval_arch,
+                eval_width=args.eval_width,
+            ),
+        )
 
     classes_of = y.view(args.ipc, -1).T.flatten()  # (n,) class after class
-    images = {name: collected(name) for name in recovered}
-    jpeg_psnr = {}
-    if args.save_jpeg:  # SC-DD's departure 5: floats are kept
-        for name, x in images.items():
-            images[name] = through_jpeg(x)
-            jpeg_psnr[name] = psnr(images[name], x)
+    statistics, recognised, jpeg_psnr, contents = {}, {}, {}, {}
+    _, size, batch = blocks[0]
+    floor = in_order(per_class(data.y_train, args.ipc, "floor", args.seed), args.ipc)[:size]
+    noise = torch.randn(size, *data.x_train.shape[1:], generator=rng("measured noise", args.seed))
+    for name in recovered:  # one after the other: at 224 px a set takes gigabytes
+        x = collected(name)
+        if args.save_jpeg:
+            jpeg_psnr[name] = psnr(x, denormalised(name))
             print(f"{name}: {jpeg_psnr[name]:.1f} dB left by JPEG")
-    statistics, recognised = {}, {}
-    for name in recovered:
-        _, size, batch = blocks[0]
-        floor = in_order(per_class(data.y_train, args.ipc, "floor", args.seed), args.ipc)[:size]
         seen = {
-            "noise": torch.randn(size, *data.x_train.shape[1:], generator=rng("measured noise", args.seed)),
+            "noise": noise,
             "real": normalise(data.x_train[floor], data.mean, data.std),
-            "end": read_images(block_file(recovered.index(name) * len(blocks))),
+            "end": normalise(in_order(x, args.ipc)[:size], data.mean, data.std),  # as they are kept
         }
-        statistics[name] = {key: measured(name, x.to(device), batch) for key, x in seen.items()}
-        x = normalise(images[name], data.mean, data.std)
-        predicted = apply_chunked(lambda part: networks["label"](part.to(device)).argmax(1).cpu(), x)
-        recognised[name] = float((predicted == classes_of).float().mean())
+        statistics[name] = {key: measured(name, images.to(device), batch) for key, images in seen.items()}
+        right = hits(networks["label"], inputs(x), classes_of)
+        recognised[name] = float(right.float().mean())
         words = ", ".join(f"{key} {value:.4g}" for key, value in statistics[name].items())
-        own = ", which they were recovered from" if networks[name] is networks["label"] else ""
+        own = ", which they were recovered from" if source[name] == "label" else ""
         print(f"{name}: statistics: {words}; {recognised[name]:.1%} right by the labelling teacher{own}")
-    write_images(run.file("images"), images["distilled"], classes_of, data.class_names)
+        contents[name] = digest(x)
+        if name == "distilled":
+            save(x)
+            write_images(run.file("images"), x, classes_of, data.class_names)
+        del x
+    distilled = load_distilled(run.file("distilled.safetensors"), run.name)  # what is scored is what was saved
     crops = run.file("random_crops.safetensors")
     if not crops.exists():
-        x, _ = random_crops(data, networks["label"], args.ipc, device, args.seed)
+        x, _ = random_crops(data, networks["label"], args.ipc, device, args.seed, pool=max(300, args.ipc))
         write_atomic(crops, lambda tmp: save_file({"x": x}, tmp))
-    images["random_crops"] = read_images(crops)
+    contents["random_crops"] = digest(read_images(crops))
 
     def random_real(student: int) -> tuple[Tensor, Tensor]:
         index = per_class(data.y_train, args.ipc, "random real", args.seed, student)
         return data.x_train[index], data.y_train[index]
 
-    x = images["distilled"]
     stored = {}
     if args.labels == "stored":  # SC-DD's departure 4: scores alone, views are derived again
         stored["distilled"] = run.file("labels.safetensors")
-    save_distilled(
-        run.file("distilled.safetensors"),
-        x,
-        F.one_hot(classes_of, classes),
-        data.mean,
-        data.std,
-        method=run.name,
-        data=data.name,
-        content=data.content,
-        y_is="class scores",
-        class_names=data.class_names,
-        resize=data.resize,
-        step=args.steps,
-        seed=args.seed,
-        recipe=asdict(recipe),
-        teacher=facts["distilled"],
-        extra=dict(
-            ipc=args.ipc,
-            label_teacher=facts["label"],
-            label_bytes=label_bytes(n, classes, recipe) if stored else 0,
-            eval_arch=args.eval_arch,
-            eval_width=args.eval_width,
-            stem_padding=args.stem_padding,
-        ),
-    )
-    distilled = load_distilled(run.file("distilled.safetensors"), run.name)  # what is scored is what was saved
-    if stored and not stored["distilled"].exists():
-        label_all(inputs(distilled.x), networks["label"], recipe, stored["distilled"], args.seed)
-    sets = {name: (x, classes_of) for name, x in images.items()}
-    sets |= {"distilled": (distilled.x, classes_of), "random_real": random_real}
+        made = (recipe, args.seed) if stored["distilled"].exists() else None
+        try:  # resumed with another recipe: made again
+            made and StoredLabels(stored["distilled"], inputs(distilled.x), *made, teacher=networks["label"])
+        except UserError:
+            made = None
+        if made is None:
+            label_all(inputs(distilled.x), networks["label"], recipe, stored["distilled"], args.seed)
+    sets = {
+        "random_real": random_real,
+        "random_crops": lambda student: (read_images(crops), classes_of),
+        "sre2l": lambda student: (collected("sre2l"), classes_of),
+        "distilled": lambda student: (distilled.x, classes_of),
+    }
     evaluate = partial(
         evaluate_soft,
         data=data,
@@ -954,12 +1021,20 @@ def main(args: Args) -> dict:
         device=device,
         seed=args.seed,
         published=args.published_metric,
+        facts=(contents, args.ipc),
+        spare=spare,
     )
     # SC-DD's departure 1: of the last epoch, on all test images
     results = evaluate(sets, recipe=recipe, rows=rows, keep=run.file("evaluation.json"), stored=stored)
     if args.full_row:
         every = {"all_real": (data.x_train, data.y_train)}
-        as_many = replace(recipe, epochs=max(1, round(args.eval_epochs * n / len(data.x_train))), labels="online")
+        share = n / len(data.x_train)
+        as_many = replace(
+            recipe,
+            epochs=max(1, round(args.eval_epochs * share)),
+            warm_up=round(args.eval_warm_up * share),
+            labels="online",
+        )
         results |= evaluate(every, recipe=as_many, keep=run.file("evaluation_all_real.json"))
     caption = (
         f"{data.name}, {args.ipc} images a class, seed {args.seed}: {'held-out' if args.holdout else 'test'} accuracy "

@@ -484,6 +484,7 @@ def evaluate_soft(
     published: bool = False,
     stored: dict[str, Path] | None = None,
     facts: tuple = (),
+    spare: int = SPARE,
 ) -> dict[str, dict[str, dict]]:
     """{row: {"student": {"values": one a student, "mean", "std"}}}; std is the sample's, over the students.
 
@@ -494,7 +495,8 @@ def evaluate_soft(
     for a row, other rows are labelled as they go, in the same precision. published: see "published_metric" above.
     keep: a JSON file of the students scored so far, read only if it was made from the same sets, teacher, kind of
     student and recipe on the same test images; `facts` must hold what the sets that are functions depend on beside
-    data, seed and teacher. Raises UserError as post_train and StoredLabels do.
+    data, seed and teacher. spare: bytes left free on a GPU where sets are kept on it. Raises UserError as post_train
+    and StoredLabels do.
     """
     check_recipe(recipe)
     rows, stored = tuple(sets) if rows is None else rows, stored or {}
@@ -506,7 +508,7 @@ def evaluate_soft(
         keep, recipe, nothing, nothing, data.content, tested, seed, net_digest(teacher), kind, published, facts,
         data.mean.tolist(), data.std.tolist(),
     )  # fmt: skip
-    test = Inputs(data.x_test, data.mean, data.std, None, device, 0.0, SPARE)
+    test = Inputs(data.x_test, data.mean, data.std, None, device, 0.0, spare)
     bar = tqdm(total=len(rows) * recipe.runs * recipe.epochs, desc="students", leave=False, mininterval=1, unit="epoch")
     names = {}
     for row in rows:
@@ -518,7 +520,7 @@ def evaluate_soft(
                 bar.update(recipe.epochs)
                 continue
             pixels, y = sets[row](run) if made is None else made
-            x = Inputs(pixels, data.mean, data.std, None, device, 0.0, SPARE)
+            x = Inputs(pixels, data.mean, data.std, None, device, 0.0, spare)
             key, order, labels = (seed, run), (), teacher
             if recipe.labels == "stored":
                 key, order = (seed,), () if recipe.teacher_train else (run,)

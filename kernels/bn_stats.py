@@ -289,8 +289,11 @@ def _scale(weight: Tensor | None, var: Tensor, eps: float) -> Tensor:
 def _sums(x: Tensor, mean: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     """Σ (x − μ) and Σ (x − μ)², (G, C), of each group."""
     count, wide = len(x) // groups, _wide(x.device)
+    if x.device.type != "cpu":  # few launches, whatever the number of groups
+        shifted = _by_group(x, groups) - _channels(mean)
+        return shifted.sum((1, 3, 4)).to(wide), shifted.square_().sum((1, 3, 4)).to(wide)
     p, q = (torch.zeros(groups, x.shape[1], dtype=wide, device=x.device) for _ in range(2))
-    at_once = max(1, CACHED // x[0].numel()) if x.device.type == "cpu" else count
+    at_once = max(1, CACHED // x[0].numel())
     for group, images in enumerate(x.split(count)):
         for part in images.split(at_once):
             shifted = part - _channels(mean)[0]  # in mean.dtype

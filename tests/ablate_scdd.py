@@ -54,7 +54,8 @@ if __name__ == "__main__":
         runs.append(dict(variant=variant, flags=changes, statistics=r["statistics"], recognised=r["recognised"],
                          eval=scores, seconds=r["seconds"]))  # fmt: skip
         print("ablation:", variant, r["recognised"], {row: e["mean"] for row, e in scores.items()}, flush=True)
-        flags = {key: value for key, value in r["args"].items() if key not in changes | dict(device=0, out_dir=0)}
+        varied = {flag for each in VARIANTS.values() for flag in each} | {"r_bn", "sre2l_r_bn", "device", "out_dir"}
+        flags = {key: value for key, value in r["args"].items() if key not in varied}
         out = Path(__file__).parent / "results" / "scdd" / f"ablation_{options.name}.json"
         out.parent.mkdir(exist_ok=True)
         write_json(out, dict(about=__doc__.split("\n\n")[1], runs=runs, flags=flags, commit=r["commit"]))
