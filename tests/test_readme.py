@@ -432,8 +432,9 @@ def test_recovered_cifar100_is_below_the_floor_and_known_at_five_times_chance():
 def test_recovery_costs_less_than_with_hooks():
     rows = {row["variant"]: row for row in of("scdd", "speed.json")["rows"]}
     assert rows["ours"]["times_less"] >= 1.1 and rows["ours, compiled"]["times_less"] >= 1.25
-    hooks = min(row["peak_bytes"] for name, row in rows.items() if name.startswith("published"))
-    assert rows["ours"]["peak_bytes"] < hooks
+    for ours, hooks in (("ours", "published"), ("ours", "published, channels-last"),
+                        ("ours, compiled", "published, compiled")):  # fmt: skip
+        assert rows[ours]["peak_bytes"] < rows[hooks]["peak_bytes"]
 
 
 def test_a_step_costs_less_than_the_twins():
