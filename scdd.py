@@ -593,10 +593,11 @@ def memory_needs(
     networks: those that are recovered from; they, student and x (2, C, H, W) are of the meta device, where only shapes
     are known.
     """
-    half, image = 2 if args.precision == "bf16" else 1, 0
+    image = 0
     for net in networks.values():
         function = with_statistics(net, backend="torch")
-        image = max(image, bytes_per_image(lambda x, f=function: f(x)[0], x.clone().requires_grad_()) // half)
+        image = max(image, bytes_per_image(lambda x, f=function: f(x)[0], x.clone().requires_grad_()))
+    image = 3 * image // 4 if args.precision == "bf16" else image  # gradients pass through float32
     weights = 4 * sum(p.numel() for net in [*networks.values(), student, student, student] for p in net.parameters())
     held = {"libraries": 300_000_000, "--teacher-width or --eval-width": 2 * weights}
     pixels = 5 * 4 * x[0].numel()  # with Adam's moments, the gradient and the start
@@ -715,8 +716,8 @@ def main(args: Args) -> dict:
     run.cure = "lower --r-bn or --lr-img"
     args = run.args
 
-    # teacher (SC-DD's departure 8)
-    teachers = Path(args.out_dir) / "teachers"
+    # teacher
+    teachers = Path(args.out_dir) / "teachers"  # SC-DD's departure 8: published are none
     common = dict(seed=args.teacher_seed, precision=args.precision, save_minutes=args.save_minutes)
     if label is None:
         label = train_supervised(
@@ -999,14 +1000,13 @@ def main(args: Args) -> dict:
 
     stored = {}
     if args.labels == "stored":  # SC-DD's departure 4: scores alone, views are derived again
-        stored["distilled"] = run.file("labels.safetensors")
-        made = (recipe, args.seed) if stored["distilled"].exists() else None
-        try:  # resumed with another recipe: made again
-            made and StoredLabels(stored["distilled"], inputs(distilled.x), *made, teacher=networks["label"])
-        except UserError:
-            made = None
-        if made is None:
-            label_all(inputs(distilled.x), networks["label"], recipe, stored["distilled"], args.seed)
+        path = stored["distilled"] = run.file("labels.safetensors")
+        try:
+            StoredLabels(path, inputs(distilled.x), recipe, args.seed, teacher=networks["label"])
+        except UserError as error:  # none yet, damaged, or of another recipe before a resume
+            if path.exists():
+                print(f"labels: made again ({error})")
+            label_all(inputs(distilled.x), networks["label"], recipe, path, args.seed)
     sets = {
         "random_real": random_real,
         "random_crops": lambda student: (read_images(crops), classes_of),

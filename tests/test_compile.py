@@ -19,6 +19,7 @@ from kernels.backend import DTYPES
 from kernels.gram import mode_of
 
 triton = pytest.importorskip("triton")  # on Linux only
+pytestmark = pytest.mark.slow  # a minute of compiling
 
 REPO = Path(__file__).resolve().parent.parent
 ARCHS = {90: "sm_90a", 80: "sm_80"}
@@ -67,7 +68,7 @@ def quick():
     return compiled("quick")
 
 
-@pytest.fixture(scope="module", params=["quick", pytest.param("wide", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=["quick", "wide"])
 def rows(request):
     return request.getfixturevalue("quick") if request.param == "quick" else compiled("wide")
 

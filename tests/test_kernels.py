@@ -761,6 +761,7 @@ def test_public_names():
         "spd_solve",
         "nearest",
         "barlow_loss",
+        "bn_stats",
     ]
     functions += ["resolve_precision", "describe"]
     assert sorted(kernels.__all__) == sorted([*functions, "raise_if_failed", "FailedFactorization"])

@@ -39,11 +39,12 @@ from common.teacher import Teacher, load_own
 
 TINY = dict(
     steps=6, ipc=2, recover_batch=8, chunk=8, teacher_width=4, teacher_epochs=2, teacher_batch=256, teacher_queue=256,
-    probe_epochs=2, label_epochs=2, log_every=1, save_every=4, device="cpu", eval_runs=2, eval_epochs=2, eval_width=4,
-    eval_batch=10,
+    probe_epochs=2, label_width=4, label_epochs=2, log_every=1, save_every=4, device="cpu", eval_runs=2, eval_epochs=2,
+    eval_width=4, eval_batch=10,
 )  # fmt: skip
 FEW = dict(eval_runs=1, eval_epochs=1)  # where the students do not matter
-COLOUR = dict(teacher_arch="resnet10", eval_arch="resnet10", teacher_batch=16, label_batch=16, probe_augment=False)
+COLOUR = dict(teacher_arch="resnet10", label_arch="resnet10", eval_arch="resnet10", teacher_batch=16, label_batch=16,
+              probe_augment=False)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -857,13 +858,17 @@ def test_a_truncated_or_missing_part_of_a_run_is_one_line(whole, tmp_path, name)
     assert scdd.main(args)["eval"] == whole[1]["eval"]
 
 
-def test_truncated_labels_are_one_line(out):
+def test_damaged_labels_and_those_of_another_recipe_are_made_again(out, capsys):
     scdd.main(tiny(out, labels="stored", sre2l=False, **FEW))
     folder = only_run(out)
     path = folder / "labels.safetensors"
-    path.write_bytes(path.read_bytes()[:100])
-    (folder / "evaluation.json").unlink()
-    refuse(lambda: scdd.main(common.run.load_args(scdd.Args, folder)), "labels.safetensors", "make them again")
+    whole = path.read_bytes()
+    path.write_bytes(whole[:100])
+    scdd.main(common.run.load_args(scdd.Args, folder))
+    assert "labels: made again" in capsys.readouterr().out and path.read_bytes() == whole
+    args = common.run.load_args(scdd.Args, folder)
+    scdd.main(dataclasses.replace(args, eval_mix="none", eval_epochs=2))
+    assert "another mix" in capsys.readouterr().out and len(path.read_bytes()) > len(whole)
 
 
 # ---------------------------------------------------------------------------------------------------------------- flags
@@ -977,7 +982,7 @@ def test_every_flag_of_the_method_does_something(whole, out, change):
 
 EVALUATION = [
     dict(eval_lr=0.03), dict(eval_epochs=5), dict(eval_opt="sgd", eval_lr=0.1), dict(eval_wd=100.0),
-    dict(eval_wd=100.0, eval_decay_all=False), dict(eval_warm_up=3), dict(eval_smooth=1.0), dict(eval_temperature=1.0),
+    dict(eval_wd=100.0, eval_decay_all=False), dict(eval_warm_up=1), dict(eval_smooth=1.0), dict(eval_temperature=1.0),
     dict(eval_scaled=True, eval_opt="sgd"), dict(eval_loss="mse_ce"), dict(eval_loss="mse_ce", eval_ce=10.0),
     dict(eval_crop="none"), dict(eval_crop="resized"), dict(eval_crop="resized", eval_crop_min=0.9),
     dict(eval_mix="none"), dict(eval_mix="cutmix"), dict(eval_mix_alpha=0.01), dict(eval_ema=0.9), dict(eval_batch=5),
@@ -1157,7 +1162,8 @@ import scdd, common.run
 torch.set_num_threads(1)
 shown, original = [], scdd.check_memory
 def check(phases, device):
-    shown.append(phases["recovery"]["--recover-batch"])  # all else is there before
+    images = phases["recovery"]
+    shown.append(images.get("--chunk") or images["--recover-batch"])  # all else is there before
     return original(phases, device)
 scdd.check_memory = check
 resident = lambda: int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -1182,11 +1188,15 @@ common.run.cli(scdd.main, scdd.Args)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", [dict(teacher_width=32), dict(ipc=100), dict(ipc=100, precision="bf16")],
+@pytest.mark.parametrize("changes", [dict(teacher_width=32, ipc=100), dict(ipc=100), dict(ipc=100, precision="bf16")],
                          ids=str)  # fmt: skip
 def test_the_memory_estimate_is_near_the_measured_peak(tmp_path, changes):
     """Of the recovery, in resident memory beyond what the process had before."""
-    values = TINY | dict(teacher_width=16, ipc=40, recover_batch=100, chunk=1000, steps=2, teacher_epochs=1) | changes
+    values = (
+        TINY
+        | dict(teacher_width=16, label_width=16, ipc=40, recover_batch=100, chunk=1000, steps=2, teacher_epochs=1)
+        | changes
+    )
     words = flags(**values | dict(label_epochs=1, sre2l=False, out_dir=tmp_path))
     env = os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", MEASURE, *words], capture_output=True, text=True, env=env, cwd=REPO)

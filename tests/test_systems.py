@@ -348,6 +348,7 @@ def test_every_fit_is_solved_or_reported():
     assert sum(v.failed for v in found) > 100
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_every_fit_is_solved_or_reported_by_the_kernels():
     few = ALL[:600] if DEVICE == "cuda" else ON_TRITON[:12]
@@ -360,6 +361,7 @@ def test_every_prediction_is_finite_or_reported():
         predict(draw(*args), "torch", args[0] % 3 == 0)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_every_prediction_of_the_kernels_is_finite_or_reported():
     for args in ALL[:600] if DEVICE == "cuda" else ON_TRITON[:12]:
