@@ -1041,7 +1041,7 @@ def main(args: Args) -> dict:
         f"in per cent, mean ± sample std over {args.eval_runs} students"
     )
     print(table(results, caption))
-    run.plot({}, f"{data.name}, {args.ipc} a class: loss of recovery")
+    run.plot({}, f"{data.name}, {args.ipc} a class: loss of recovery, {' then '.join(recovered)}")
     return run.finish(
         data=data.name,
         ipc=args.ipc,

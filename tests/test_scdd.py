@@ -40,7 +40,7 @@ from common.teacher import Teacher, load_own
 TINY = dict(
     steps=6, ipc=2, recover_batch=8, chunk=8, teacher_width=4, teacher_epochs=2, teacher_batch=256, teacher_queue=256,
     probe_epochs=2, label_width=4, label_epochs=2, log_every=1, save_every=4, device="cpu", eval_runs=2, eval_epochs=2,
-    eval_width=4, eval_batch=10,
+    eval_width=4, eval_batch=10, sre2l_lr_img=0.2, sre2l_r_bn=0.03,
 )  # fmt: skip
 FEW = dict(eval_runs=1, eval_epochs=1)  # where the students do not matter
 COLOUR = dict(teacher_arch="resnet10", label_arch="resnet10", eval_arch="resnet10", teacher_batch=16, label_batch=16,
@@ -1043,6 +1043,25 @@ def test_the_triton_backend_runs_the_same_method(out):
         results[backend] = recovered(newest(out), "distilled")
         assert ("triton backend" in result["backend"]) == (backend == "triton")
     same_images(results["triton"], results["torch"])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_run_on_the_gpu_is_the_run_on_the_cpu(out):
+    """With the same teachers: three steps of boxes of every image, images equal up to the rounding of convolutions."""
+    images = {}
+    for device in ("cpu", "cuda"):
+        scdd.main(tiny(out, device=device, steps=3, crop=True, per_image=True, jitter=(-1, 1), **FEW))
+        images[device] = recovered(newest(out), "distilled")
+    assert (images["cpu"] - images["cuda"]).norm() < 1e-2 * images["cpu"].norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_all_stages_on_the_gpu_in_half_precision(tmp_path):
+    result = scdd.main(tiny(tmp_path, device="cuda", precision="bf16", labels="stored", full_row=True))
+    assert set(result["eval"]) == {"random_real", "random_crops", "sre2l", "distilled", "all_real"}
+    assert load_distilled(only_run(tmp_path) / "distilled.safetensors").x.isfinite().all()
 
 
 # --------------------------------------------------------------------------------------------------------------- script

@@ -56,9 +56,9 @@ def gen(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    """The networks here are tiny."""
+    """The networks here are tiny. For the whole module: what is compared bit for bit has one number of threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
