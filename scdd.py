@@ -1029,12 +1029,9 @@ def main(args: Args) -> dict:
     if args.full_row:
         every = {"all_real": (data.x_train, data.y_train)}
         share = n / len(data.x_train)
-        as_many = replace(
-            recipe,
-            epochs=max(1, round(args.eval_epochs * share)),
-            warm_up=round(args.eval_warm_up * share),
-            labels="online",
-        )
+        epochs = max(1, round(args.eval_epochs * share))
+        warm_up = min(int(args.eval_warm_up * share), epochs - 1)
+        as_many = replace(recipe, epochs=epochs, warm_up=warm_up, labels="online")
         results |= evaluate(every, recipe=as_many, keep=run.file("evaluation_all_real.json"))
     caption = (
         f"{data.name}, {args.ipc} images a class, seed {args.seed}: {'held-out' if args.holdout else 'test'} accuracy "

@@ -1023,6 +1023,33 @@ def test_a_net_with_imagenets_stem_for_large_images(tmp_path):
     assert weights["conv1.weight"].shape == (4, 3, 7, 7)
 
 
+def test_all_real_images_get_about_as_many_updates(out, monkeypatch):
+    seen = []
+
+    def spy(sets, *, recipe, **rest):
+        seen.append((tuple(sets), recipe.epochs, recipe.warm_up))
+        return {row: {"student": dict(mean=0.5, std=0.0, values=[0.5])} for row in sets}
+
+    monkeypatch.setattr(scdd, "evaluate_soft", spy)
+    scdd.main(tiny(out, full_row=True, sre2l=False, eval_epochs=200, eval_warm_up=100))
+    assert seen[0][1:] == (200, 100)
+    assert seen[1] == (("all_real",), round(200 * 20 / 1437), int(100 * 20 / 1437))
+
+
+def test_barlow_twins_has_its_own_rate_and_batch(out, monkeypatch):
+    class Enough(Exception):
+        pass
+
+    def spy(data, teachers, device, *, lr, batch, **settings):
+        raise Enough(lr, batch)
+
+    monkeypatch.setattr(scdd, "train_teacher", spy)
+    for given, expected in ((dict(), (0.3, 256)), (dict(teacher_lr=0.7, teacher_batch=32), (0.7, 32))):
+        with pytest.raises(Enough) as caught:
+            scdd.main(tiny(out, squeeze="barlow", **{"teacher_batch": None} | given))
+        assert caught.value.args == expected
+
+
 def test_compiled_recovery_is_the_same_recovery(whole, out, monkeypatch):
     """That --compile compiles the forward pass of every (network, groups) once; with what, is not tested here."""
     compiled = []
