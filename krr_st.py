@@ -23,7 +23,7 @@ from common.augment import draw_variants, gather, resident
 from common.data import Data, denormalise, describe, hold_out, load, normalise
 from common.evaluate import Protocol, evaluate_pairs, paired, predict_seconds, table
 from common.models import ConvNet, convnet_depth, features_chunked, resnet_dim
-from common.pretrain import train_teacher
+from common.recipes import fill_teacher, train_teacher
 from common.run import (
     Run,
     UserError,
@@ -146,24 +146,48 @@ class Args:
 
     # the teacher
     teacher: str | None = None
-    """train (Barlow Twins on --data, cached), a file (this project's, solo-learn's, torchvision's), torchvision:NAME or
+    """train (by --teacher-method on --data, cached), a file (this project's, a published ResNet's), torchvision:NAME or
     timm:NAME; None: from the preset"""
+    teacher_method: Literal["barlow", "moco2", "moco3", "swav", "dino", "supervised"] = "barlow"
+    """how it is trained: Barlow Twins, MoCo v2 or v3, SwAV, DINO, or with the labels"""
     teacher_arch: Literal["resnet10", "resnet18", "resnet50"] | None = None
     """of the trained teacher; None: from the preset"""
     teacher_width: int | None = None
     """channels of its first stage (64 published); None: from the preset"""
     teacher_epochs: int | None = None
-    """its epochs (1000 published); None: from the preset"""
+    """its epochs; None, here and below: the method's, common/recipes.py"""
     teacher_batch: int | None = None
-    """its batch (256 published); None: from the preset"""
+    """its batch"""
     teacher_lr: float | None = None
-    """LARS's learning rate per 256 images; None: from the preset"""
+    """its learning rate: per 256 images where LARS optimises (all but moco2 and supervised)"""
+    teacher_wd: float | None = None
+    """its weight decay"""
     teacher_eta: float | None = None
-    """LARS's trust coefficient (solo-learn 0.02, Barlow Twins' authors 0.001); None: from the preset"""
+    """barlow, moco3, swav, dino: LARS's trust coefficient (solo-learn 0.02, most authors 0.001)"""
     teacher_projector: int | None = None
-    """width of the projector; None: from the preset"""
+    """barlow, moco3, swav, dino: hidden width of the head"""
+    teacher_dim: int | None = None
+    """moco2, moco3, swav, dino: of the embeddings that are compared"""
+    teacher_temperature: float | None = None
+    """moco2, moco3, swav: of the scores; dino: of the targets, a student's is 0.1"""
+    teacher_key_momentum: float | None = None
+    """moco2, moco3, dino: of the encoder that follows; moco3's and dino's rises to 1"""
+    teacher_queue: int | None = None
+    """moco2: negatives kept from earlier batches; swav: embeddings kept for the assignments"""
+    teacher_epsilon: float | None = None
+    """swav: of the assignments; lower it if the loss stays at log(prototypes)"""
+    teacher_prototypes: int | None = None
+    """swav, dino: clusters"""
+    teacher_splits: int | None = None
+    """moco2: parts of a batch that BatchNorm normalises each by itself, as GPUs would"""
+    teacher_mlp: bool | None = None
+    """moco2: a head of two layers (ImageNet)"""
     teacher_crop_min: float | None = None
-    """smallest area of a view, as a fraction of the image; None: from the preset"""
+    """smallest area of a view, as a fraction of the image"""
+    teacher_small_crops: int | None = None
+    """swav, dino: further, smaller views of areas below --teacher-crop-min (multi-crop)"""
+    teacher_blur: bool | None = None
+    """moco2, moco3, swav, dino: blurred views"""
     teacher_seed: int = 0
     """seed of its training, apart from --seed so that all seeds of a method share one teacher"""
     stem_padding: int = 2
@@ -196,12 +220,6 @@ PUBLISHED = dict(  # of CIFAR-100; CIFAR-10, where nothing was published, and fo
     teacher="train",
     teacher_arch="resnet18",
     teacher_width=64,
-    teacher_epochs=1000,
-    teacher_batch=256,
-    teacher_lr=0.3,
-    teacher_eta=0.02,
-    teacher_projector=2048,
-    teacher_crop_min=0.08,
     eval_probe_steps=5000,
     eval_finetune_steps=10_000,
 )
@@ -218,17 +236,12 @@ DIGITS = PUBLISHED | dict(
     max_age=20,
     teacher_arch="resnet10",
     teacher_width=16,
-    teacher_epochs=40,
-    teacher_batch=128,
-    teacher_eta=0.002,
-    teacher_projector=256,
-    teacher_crop_min=0.4,
     eval_probe_steps=300,
     eval_finetune_steps=100,
 )
 PRESETS = {
     "digits": DIGITS,
-    "mnist": PUBLISHED | dict(num_images=100, steps=20_000, teacher_epochs=100, teacher_crop_min=0.4),
+    "mnist": PUBLISHED | dict(num_images=100, steps=20_000),
     "cifar10": PUBLISHED,
     "cifar100": PUBLISHED,
     "tiny_imagenet": SIZE_64 | dict(num_images=2000),
@@ -240,11 +253,10 @@ PRESETS = {
     "96px": SIZE_224 | dict(num_images=100),
 }
 LIMITS = {  # of flags: one that is out of them is refused before anything begins
-    (1, inf): "steps batch_real save_every log_every chunk widths pool max_age eval_runs eval_epochs eval_probe_steps "
-    "teacher_width teacher_epochs teacher_batch teacher_projector",
-    (0, inf): "lr_img lr_label lr_net wd_net ridge grad_clip teacher_lr teacher_eta cache_gb save_minutes eval_every "
+    (1, inf): "steps batch_real save_every log_every chunk widths pool max_age eval_runs eval_epochs eval_probe_steps",
+    (0, inf): "lr_img lr_label lr_net wd_net ridge grad_clip cache_gb save_minutes eval_every "
     "eval_finetune_steps stem_padding",
-    (0, 1): "lr_end momentum_net teacher_crop_min",
+    (0, 1): "lr_end momentum_net",
 }
 
 
@@ -384,7 +396,7 @@ def main(args: Args) -> dict:
     check_limits(args, {(0, 0.9): "holdout"})
     data, curve_data = hold_out(data, args.holdout, args.split_seed) if args.holdout else (data, data)
     preset = preset_name(PRESETS, args.preset, data.name, data.native, data.size)
-    args = fill(args, PRESETS[preset])
+    args = fill_teacher(fill(args, PRESETS[preset]), preset, data.labelled)
     check_limits(args, LIMITS)
     if data.size < 4:
         raise UserError(f"--size {data.size}: must be at least 4, the network halves it {len(args.widths)} times")
@@ -418,6 +430,7 @@ def main(args: Args) -> dict:
     # teacher
     if teacher is None:
         teacher = train_teacher(
+            args.teacher_method,
             data,
             Path(args.out_dir) / "teachers",
             device,
@@ -427,9 +440,20 @@ def main(args: Args) -> dict:
             epochs=args.teacher_epochs,
             batch=args.teacher_batch,
             lr=args.teacher_lr,
+            weight_decay=args.teacher_wd,
             eta=args.teacher_eta,
-            projector_width=args.teacher_projector,
+            projector=args.teacher_projector,
+            dim=args.teacher_dim,
+            temperature=args.teacher_temperature,
+            key_momentum=args.teacher_key_momentum,
+            queue=args.teacher_queue,
+            epsilon=args.teacher_epsilon,
+            prototypes=args.teacher_prototypes,
+            splits=args.teacher_splits,
+            mlp=args.teacher_mlp,
             crop_min=args.teacher_crop_min,
+            small_crops=args.teacher_small_crops,
+            blur=args.teacher_blur,
             seed=args.teacher_seed,
             precision=args.precision,
             save_minutes=args.save_minutes,

@@ -24,13 +24,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+from tqdm import tqdm
 
 import kernels
+from common.analysis import Model, analyse, summary_table
 from common.artefact import load_distilled, save_distilled
 from common.augment import boxes, counter_uniform, cyclic_shift, resample, upload
 from common.data import Data, Inputs, denormalise, describe, hold_out, load, normalise
-from common.models import ResNet
-from common.pretrain import train_moco, train_probe, train_supervised, train_teacher
+from common.models import ResNet, replace_norms
+from common.pretrain import quick_knn, train_probe, train_supervised
+from common.recipes import SETTINGS, fill_teacher, train_teacher, without_foreign
 from common.relabel import (
     SoftRecipe,
     StoredLabels,
@@ -58,10 +61,11 @@ from common.run import (
     preset_name,
     rng,
     save_grid,
+    seeded,
     write_atomic,
 )  # fmt: skip
 from common.students import per_class
-from common.teacher import Teacher, classifier, load_classifier, load_teacher
+from common.teacher import Teacher, classifier, freeze, load_classifier, load_teacher
 
 
 @dataclass
@@ -122,10 +126,10 @@ class Args:
     from the preset"""
     lr_img: float | None = None
     """Adam's learning rate of the pixels (code 0.4 on CIFAR-100, 0.1 on ImageNet, where the paper's table says 0.25);
-    None: from the preset, with --squeeze supervised that of --sre2l-lr-img"""
+    None: from the preset, with --teacher-method supervised that of --sre2l-lr-img"""
     r_bn: float | None = None
     """weight of the statistics beside the cross-entropy (published 0.005 on CIFAR-100, 0.01 on ImageNet); it belongs to
-    one teacher; None: from the preset, with --squeeze supervised that of --sre2l-r-bn"""
+    one teacher; None: from the preset, with --teacher-method supervised that of --sre2l-r-bn"""
     first_bn_multiplier: float = 10.0
     """weight of the first BatchNorm among them, the others have 1"""
     init: Literal["noise", "real"] = "noise"
@@ -151,45 +155,57 @@ class Args:
     save_jpeg: bool = False
     """keep the images as the published code does, cut to 8 bits and through JPEG, which costs 15 to 22 dB"""
     sre2l: bool = True
-    """recover from the supervised labelling teacher as well, as a row (SRe2L), unless --squeeze supervised does"""
+    """recover from the supervised labelling teacher as well, as a row (SRe2L); not with --teacher-method supervised"""
     sre2l_lr_img: float | None = None
     """learning rate of that row (SRe2L 0.25 on CIFAR-100 and ImageNet); None: from the preset"""
     sre2l_r_bn: float | None = None
     """weight of the statistics in that row (SRe2L 0.01 on CIFAR-100 and ImageNet); None: from the preset"""
 
     # the teachers
-    squeeze: Literal["moco2", "barlow", "supervised"] = "moco2"
-    """how the network that images are recovered from is trained: MoCo v2, Barlow Twins, or the labelling teacher is
-    taken, which is SRe2L"""
     teacher: str | None = None
-    """train (by --squeeze on --data, cached), a file (this project's, solo-learn's, torchvision's), or timm:NAME; None:
-    from the preset"""
+    """train (by --teacher-method on --data, cached), a file (this project's, a published ResNet's), torchvision:NAME or
+    timm:NAME; None: from the preset"""
+    teacher_method: Literal["barlow", "moco2", "moco3", "swav", "dino", "supervised"] = "moco2"
+    """how the network that images are recovered from is trained: Barlow Twins, MoCo v2 or v3, SwAV, DINO; supervised:
+    the labelling teacher is taken, which is SRe2L"""
     teacher_arch: Literal["resnet10", "resnet18", "resnet50"] | None = None
     """of the trained squeeze; None: from the preset"""
     teacher_width: int | None = None
     """channels of its first stage (64 published); None: from the preset"""
     teacher_epochs: int | None = None
-    """its epochs (200 published); None: from the preset"""
+    """its epochs (200 published); None, here and below: the method's, common/recipes.py"""
     teacher_batch: int | None = None
-    """its batch (MoCo's CIFAR demo 512, ImageNet 256); None: from the preset"""
+    """its batch"""
     teacher_lr: float | None = None
-    """its learning rate: of SGD (MoCo 0.06, ImageNet 0.03), or LARS's per 256 images (Barlow Twins 0.3); None: from the
-    preset"""
+    """its learning rate: per 256 images where LARS optimises (all but moco2 and supervised)"""
     teacher_wd: float | None = None
-    """MoCo: weight decay (CIFAR demo 5e-4, ImageNet 1e-4); None: from the preset"""
-    teacher_crop_min: float | None = None
-    """smallest area of a view, as a fraction of the image; None: from the preset"""
-    teacher_queue: int | None = None
-    """MoCo: negatives in the queue (CIFAR demo 4096, ImageNet 65,536); None: from the preset"""
+    """its weight decay"""
+    teacher_eta: float | None = None
+    """barlow, moco3, swav, dino: LARS's trust coefficient (solo-learn 0.02, most authors 0.001)"""
+    teacher_projector: int | None = None
+    """barlow, moco3, swav, dino: hidden width of the head"""
+    teacher_dim: int | None = None
+    """moco2, moco3, swav, dino: of the embeddings that are compared"""
     teacher_temperature: float | None = None
-    """MoCo: temperature of the loss (CIFAR demo 0.1, ImageNet 0.2); None: from the preset"""
+    """moco2, moco3, swav: of the scores; dino: of the targets, a student's is 0.1"""
     teacher_key_momentum: float | None = None
-    """MoCo: of the key encoder (CIFAR demo 0.99, ImageNet 0.999); None: from the preset"""
+    """moco2, moco3, dino: of the encoder that follows; moco3's and dino's rises to 1"""
+    teacher_queue: int | None = None
+    """moco2: negatives kept from earlier batches; swav: embeddings kept for the assignments"""
+    teacher_epsilon: float | None = None
+    """swav: of the assignments; lower it if the loss stays at log(prototypes)"""
+    teacher_prototypes: int | None = None
+    """swav, dino: clusters"""
     teacher_splits: int | None = None
-    """MoCo: parts of a batch that BatchNorm normalises each by itself, as GPUs would (8 published); None: from the
-    preset"""
+    """moco2: parts of a batch that BatchNorm normalises each by itself, as GPUs would"""
     teacher_mlp: bool | None = None
-    """MoCo: a projection of two layers, and blurred views (ImageNet); None: from the preset"""
+    """moco2: a head of two layers (ImageNet)"""
+    teacher_crop_min: float | None = None
+    """smallest area of a view, as a fraction of the image"""
+    teacher_small_crops: int | None = None
+    """swav, dino: further, smaller views of areas below --teacher-crop-min (multi-crop)"""
+    teacher_blur: bool | None = None
+    """moco2, moco3, swav, dino: blurred views"""
     teacher_seed: int = 0
     """seed of both teachers' training, apart from --seed so that all seeds of a method share them"""
     stem_padding: int = 1
@@ -275,19 +291,20 @@ class Args:
     full_row: bool = False
     """add a row of students of all real images, for about as many updates, at least one epoch"""
 
+    # the analysis
+    analyse: bool = False
+    """distil nothing: train networks by several methods and of several widths, compare their BatchNorm statistics, what
+    a linear probe makes of them and what they cost; plots and JSON in the run folder. A flag --teacher-* is for all
+    methods that have it"""
+    analyse_methods: tuple[Literal["barlow", "moco2", "moco3", "swav", "dino", "supervised"], ...] | None = None
+    """methods as in --teacher-method, supervised by the flags --label-*; None: supervised and moco2"""
+    analyse_widths: tuple[int, ...] | None = None
+    """channels of the first stage; None: --teacher-width and half of it"""
+    analyse_files: tuple[str, ...] | None = None
+    """further networks, named as in --teacher"""
 
-MOCO = dict(  # MoCo's CIFAR demo
-    teacher_batch=512,
-    teacher_lr=0.06,
-    teacher_wd=5e-4,
-    teacher_queue=4096,
-    teacher_temperature=0.1,
-    teacher_key_momentum=0.99,
-    teacher_splits=8,
-    teacher_mlp=False,
-)
-BARLOW = dict(teacher_batch=256, teacher_lr=0.3)  # in their place, with --squeeze barlow: solo-learn's
-PUBLISHED = MOCO | dict(  # of CIFAR-100; CIFAR-10, where nothing was published, and folders take it too
+
+PUBLISHED = dict(  # of CIFAR-100; CIFAR-10, where nothing was published, and folders take it too
     save_every=200,
     ipc=50,
     steps=1000,
@@ -302,7 +319,6 @@ PUBLISHED = MOCO | dict(  # of CIFAR-100; CIFAR-10, where nothing was published,
     teacher_arch="resnet18",
     teacher_width=64,
     teacher_epochs=200,
-    teacher_crop_min=0.08,
     probe_epochs=100,
     probe_lr=30.0,
     probe_augment=True,
@@ -364,14 +380,6 @@ SIZE_224 = PUBLISHED | dict(  # ImageNet
     crop=True,
     jitter=(0, 32),
     teacher_arch="resnet50",
-    teacher_batch=256,
-    teacher_lr=0.03,
-    teacher_wd=1e-4,
-    teacher_crop_min=0.2,
-    teacher_queue=65_536,
-    teacher_temperature=0.2,
-    teacher_key_momentum=0.999,
-    teacher_mlp=True,
     label_epochs=90,
     label_batch=256,
     label_wd=1e-4,
@@ -396,12 +404,6 @@ DIGITS = PUBLISHED | dict(  # SC-DD's departure 10
     teacher_arch="resnet10",
     teacher_width=16,
     teacher_epochs=40,
-    teacher_batch=128,
-    teacher_lr=0.2,
-    teacher_crop_min=0.4,
-    teacher_queue=256,
-    teacher_key_momentum=0.9,
-    teacher_splits=2,
     probe_augment=False,
     label_arch="resnet10",
     label_width=16,
@@ -419,25 +421,25 @@ PRESETS = {
     "cifar100": PUBLISHED,
     "tiny_imagenet": SIZE_64,
     "imagenet": SIZE_224 | dict(teacher="file", label_teacher="torchvision:resnet18"),
-    "imagenette": SIZE_224 | dict(teacher_arch="resnet18", teacher_queue=4096, teacher_epochs=800, label_epochs=200),
+    "imagenette": SIZE_224 | dict(teacher_arch="resnet18", teacher_epochs=800, label_epochs=200),
     "8px": DIGITS,
     "16px": PUBLISHED,
     "48px": SIZE_64,
-    "96px": SIZE_224 | dict(teacher_arch="resnet18", teacher_queue=4096),
+    "96px": SIZE_224 | dict(teacher_arch="resnet18"),
 }
 SIZES = {"imagenet": 224}  # published, where the set's usual size is another
 LIMITS = {  # of flags: one that is out of them is refused before anything begins
-    (1, inf): "steps recover_batch save_every log_every chunk segments teacher_width teacher_epochs teacher_queue "
-    "teacher_splits probe_epochs label_width label_epochs eval_runs eval_width eval_epochs eval_smooth",
-    (2, inf): "teacher_batch label_batch eval_batch",
+    (1, inf): "steps recover_batch save_every log_every chunk segments probe_epochs label_width label_epochs eval_runs "
+    "eval_width eval_epochs eval_smooth",
+    (2, inf): "label_batch eval_batch",
     (0, inf): "label_warm_up stem_padding eval_warm_up save_minutes",
-    (0, 1e6): "lr_img r_bn first_bn_multiplier sre2l_lr_img sre2l_r_bn teacher_lr teacher_wd probe_lr label_lr "
-    "label_wd eval_lr eval_wd eval_ce",
-    (0, 1): "residual teacher_key_momentum",
-    (1e-4, 1): "crop_min teacher_crop_min eval_crop_min",
+    (0, 1e6): "lr_img r_bn first_bn_multiplier sre2l_lr_img sre2l_r_bn probe_lr label_lr label_wd "
+    " eval_lr eval_wd eval_ce",
+    (0, 1): "residual",
+    (1e-4, 1): "crop_min eval_crop_min",
     (0, 0.9999): "eval_ema",
     (1e-3, inf): "eval_mix_alpha",
-    (1e-6, inf): "teacher_temperature eval_temperature",
+    (1e-6, inf): "eval_temperature",
 }
 
 
@@ -481,10 +483,7 @@ def with_statistics(
     mu and sigma^2 the running ones. The network itself is not changed.
     """
     net = copy.deepcopy(net).eval().requires_grad_(False)
-    names = [name for name, module in net.named_modules() if isinstance(module, nn.BatchNorm2d)]
-    norms = [StatisticsNorm(net.get_submodule(name), groups, backend) for name in names]
-    for name, norm in zip(names, norms, strict=True):
-        net.set_submodule(name, norm)
+    norms = replace_norms(net, lambda norm: StatisticsNorm(norm, groups, backend))
 
     def scores_and_terms(x: Tensor) -> tuple[Tensor, Tensor]:
         scores = net(x)
@@ -585,6 +584,192 @@ def psnr(x: Tensor, y: Tensor) -> float:
     return -10 * log10(max(1e-12, float((x - y).square().mean())))
 
 
+def squeeze(args: Args, data: Data, device: torch.device) -> Teacher:
+    """The network of --teacher-method, trained without labels, or from the folder of teachers."""
+    return train_teacher(
+        args.teacher_method,
+        data,
+        Path(args.out_dir) / "teachers",  # SC-DD's departure 8: published are none
+        device,
+        arch=args.teacher_arch,
+        width=args.teacher_width,
+        stem_padding=args.stem_padding,
+        epochs=args.teacher_epochs,
+        batch=args.teacher_batch,
+        lr=args.teacher_lr,
+        weight_decay=args.teacher_wd,
+        eta=args.teacher_eta,
+        projector=args.teacher_projector,
+        dim=args.teacher_dim,
+        temperature=args.teacher_temperature,
+        key_momentum=args.teacher_key_momentum,
+        queue=args.teacher_queue,
+        epsilon=args.teacher_epsilon,
+        prototypes=args.teacher_prototypes,
+        splits=args.teacher_splits,
+        mlp=args.teacher_mlp,
+        crop_min=args.teacher_crop_min,
+        small_crops=args.teacher_small_crops,
+        blur=args.teacher_blur,
+        seed=args.teacher_seed,
+        precision=args.precision,
+        save_minutes=args.save_minutes,
+    )
+
+
+def label_teacher(args: Args, data: Data, device: torch.device) -> Teacher:
+    """The supervised network that labels, trained or from the folder of teachers."""
+    return train_supervised(
+        data,
+        Path(args.out_dir) / "teachers",
+        device,
+        arch=args.label_arch,
+        width=args.label_width,
+        stem_padding=1,
+        epochs=args.label_epochs,
+        batch=args.label_batch,
+        lr=args.label_lr,
+        weight_decay=args.label_wd,
+        warmup=args.label_warm_up,
+        crop=args.label_crop,
+        seed=args.teacher_seed,
+        precision=args.precision,
+        save_minutes=args.save_minutes,
+    )
+
+
+def align(args: Args, teacher: Teacher, data: Data, device: torch.device, folder: Path) -> tuple[nn.Linear, float]:
+    """A linear probe on the network, which stays as it is, and its test accuracy. Kept beside the teacher if that can
+    be written to, else in `folder`."""
+    own = teacher.folder
+    return train_probe(
+        teacher,
+        data,
+        device,
+        own if own and os.access(own, os.W_OK) else folder,
+        epochs=args.probe_epochs,
+        lr=args.probe_lr,
+        augment=args.probe_augment,
+        normalise=True,
+        seed=args.teacher_seed,
+        precision=args.precision,
+        save_minutes=args.save_minutes,
+    )
+
+
+def match_statistics(
+    function: Callable[[Tensor], tuple[Tensor, Tensor]],
+    x: Tensor,
+    steps: int,
+    lr: float,
+    first: float,
+    mean: Tensor,
+    std: Tensor,
+) -> Tensor:
+    """Normalised images x (B, C, H, W) after `steps` of the recovery without cross-entropy: the statistics alone.
+
+    function: of with_statistics, one group; mean, std (C, 1, 1): of the pixels, which stay in [0, 1].
+    """
+    x = x.clone().requires_grad_()
+    optimizer = torch.optim.Adam([x], betas=(0.5, 0.9))
+    for t in range(steps):
+        optimizer.param_groups[0]["lr"] = lr * 0.5 * (1 + cos(pi * t / steps))
+        terms = function(x)[1]
+        (x.grad,) = torch.autograd.grad(terms.sum() + (first - 1) * terms[0].sum(), x)
+        optimizer.step()
+        with torch.no_grad():
+            x.clamp_(-mean / std, (1 - mean) / std)
+    return x.detach()
+
+
+def analysis(args: Args, preset: str, data: Data, device: torch.device) -> dict:
+    """--analyse: see common/analysis.py for what is measured."""
+    check_limits(args, LIMITS | {(1, inf): LIMITS[1, inf] + " analyse_widths"})
+    widths = args.analyse_widths or tuple(sorted({max(1, args.teacher_width // 2), args.teacher_width}))
+    args = replace(args, analyse_methods=args.analyse_methods or ("supervised", "moco2"), analyse_widths=widths)
+    jobs = []  # one network each
+    for method in args.analyse_methods:
+        for width in widths:
+            own = replace(args, teacher_method=method, teacher_width=width)
+            if method == "supervised":
+                own = replace(own, label_arch=args.teacher_arch, label_width=width)
+            else:
+                own = fill_teacher(without_foreign(own), preset, data.labelled)
+            jobs.append(own)
+    files = [
+        load_teacher(spec, data, device, args.stem_padding, "--analyse-files") for spec in args.analyse_files or ()
+    ]
+    run = Run(__file__, args, data.name, data.content)
+
+    # teacher
+    with seeded("untrained", args.teacher_seed):
+        stem = "cifar" if data.size <= 96 else "imagenet"
+        blank = ResNet(args.teacher_arch, data.channels, max(widths), stem, args.stem_padding)
+    name = f"untrained {args.teacher_arch}x{max(widths)}"
+    teachers = {name: Teacher(freeze(blank), blank.dim, data.mean, data.std, name, {}, None)}
+    for own in jobs:
+        name = f"{own.teacher_method} {own.teacher_arch}x{own.teacher_width}"
+        supervised = own.teacher_method == "supervised"
+        teachers[name] = label_teacher(own, data, device) if supervised else squeeze(own, data, device)
+    teachers |= {teacher.name: teacher for teacher in files}
+    rows = {}
+    for name, teacher in teachers.items():
+        accuracy = align(args, teacher, data, device, run.folder)[1]
+        rows[name] = dict(probe=accuracy, knn=quick_knn(teacher.net, data, device)) | {
+            key: teacher.info.get(key)
+            for key in ("epochs", "batch", "lr", "seconds", "loss", "embedding_std", "collapsed")
+        }
+
+    # evaluation
+    batch = min(args.recover_batch, len(data.x_train))
+    smallest = int(data.y_train.unique(return_counts=True)[1].min())
+    each = min(smallest, -(-batch // data.num_classes))
+    chosen = in_order(per_class(data.y_train, each, "floor", args.seed), each)[:batch]
+    noise = torch.randn(len(chosen), *data.x_train.shape[1:], generator=rng("measured noise", args.seed))
+    images = {"noise": noise.to(device), "real": normalise(data.x_train[chosen].to(device), data.mean, data.std)}
+    mean, std = data.mean.to(device)[:, None, None], data.std.to(device)[:, None, None]
+    function = partial(with_statistics, backend=args.backend)
+    bar = tqdm(total=len(teachers) - 1, desc="statistics")
+
+    def recover(net: nn.Module) -> Tensor:
+        bar.update()
+        return match_statistics(
+            function(net), images["noise"], args.steps, args.lr_img, args.first_bn_multiplier, mean, std
+        )
+
+    with bar:
+        models = [
+            Model(
+                name,
+                name.split()[0],
+                next(teacher.net.parameters()).shape[0],
+                nn.Sequential(Rescale(data, teacher), teacher.net).to(device),
+            )
+            for name, teacher in teachers.items()
+            if not name.startswith("untrained")
+        ]
+        title = f"{data.name}, {args.teacher_arch}"
+        found = analyse(models, images, function, recover, run.folder, title, args.first_bn_multiplier)
+    print(summary_table(found))
+    print(teacher_table(rows))
+    for model in found["models"]:
+        del model["layers"]  # they are in analysis.json
+    return run.finish(data=data.name, teachers=rows, analysis=found, images=len(chosen), images_skipped=data.skipped)
+
+
+def teacher_table(rows: dict[str, dict]) -> str:
+    """Markdown, one row a network: cost, loss at the first and last epoch that was kept, embedding std, accuracies."""
+    lines = ["| teacher | epochs | seconds | loss | embedding std | k-NN | probe |", "|" + "---|" * 7]
+    for name, row in rows.items():
+        cells = [name, row["epochs"] or "-", "-" if row["seconds"] is None else f"{row['seconds']:.0f}"]
+        for key, words in (("loss", "{0:.3g} to {1:.3g}"), ("embedding_std", "{1:.2f}")):
+            values = list((row[key] or {}).values())
+            cells.append(words.format(values[0], values[-1]) if values else "-")
+        cells += [f"{100 * row['knn']:.1f}", f"{100 * row['probe']:.1f}"]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
 def memory_needs(
     networks: dict[str, nn.Module], student: nn.Module, x: Tensor, n: int, args: Args
 ) -> tuple[int, dict[str, dict[str, int]]]:
@@ -628,12 +813,21 @@ def main(args: Args) -> dict:
     named = args.size in (None, SIZES[args.data]) if args.data in SIZES else data.native
     preset = preset_name(PRESETS, args.preset, data.name, named, data.size)
     of = PRESETS[preset]
-    if args.squeeze == "supervised":
+    if args.analyse:
+        return analysis(fill(args, of), preset, data, device)
+    for name in ("analyse_methods", "analyse_widths", "analyse_files"):
+        if getattr(args, name) is not None:
+            raise UserError(f"--{name.replace('_', '-')}: is of --analyse; give that too")
+    if args.teacher_method == "supervised":
+        for setting in ("arch", "width", *SETTINGS):
+            if getattr(args, f"teacher_{setting}") is not None:
+                flag = f"--teacher-{setting.replace('_', '-')}"
+                raise UserError(f"{flag}: with --teacher-method supervised the flags --label-* rule; drop this one")
         args = fill(args, dict(sre2l_lr_img=of["sre2l_lr_img"], sre2l_r_bn=of["sre2l_r_bn"]))
-        of = of | dict(lr_img=args.sre2l_lr_img, r_bn=args.sre2l_r_bn)
-    if args.squeeze == "barlow":
-        of = of | BARLOW
-    args = fill(args, of)
+        of = {flag: value for flag, value in of.items() if not flag.startswith("teacher_")}
+        args = fill(args, of | dict(lr_img=args.sre2l_lr_img, r_bn=args.sre2l_r_bn))
+    else:
+        args = fill_teacher(fill(args, of), preset, data.labelled)
     check_limits(args, LIMITS)
     labels, counts = data.y_train.unique(return_counts=True)  # a part may lack some
     classes, smallest, n = data.num_classes, int(counts.min()), args.ipc * len(labels)
@@ -657,16 +851,16 @@ def main(args: Args) -> dict:
         raise UserError("--per-image: draws boxes and shifts; give --crop True or --jitter")
     if args.resume and args.chunk != load_args(Args, args.resume).chunk:
         raise UserError("--chunk: the blocks of images are part of a run that is resumed; drop the flag")
-    if args.squeeze == "supervised" and args.teacher not in ("train", "file"):
+    if args.teacher_method == "supervised" and args.teacher not in ("train", "file"):
         raise UserError(
-            f"--teacher {args.teacher}: --squeeze supervised recovers from --label-teacher; drop one of them"
+            f"--teacher {args.teacher}: --teacher-method supervised recovers from --label-teacher; drop one of them"
         )
-    if args.teacher == "file" and args.squeeze != "supervised":
+    if args.teacher == "file" and args.teacher_method != "supervised":
         raise UserError(f"preset {preset} takes a published squeeze: --teacher FILE, or train")
     print(f"data: {describe(data)}; preset {preset}")
     stem = "cifar" if data.size <= 96 else "imagenet"
     shape = dict(channels=data.channels, stem=stem)
-    recovered = ["distilled"] + (["sre2l"] if args.sre2l and args.squeeze != "supervised" else [])
+    recovered = ["distilled"] + (["sre2l"] if args.sre2l and args.teacher_method != "supervised" else [])
 
     def make_student() -> nn.Module:
         net = ResNet(args.eval_arch, width=args.eval_width, stem_padding=1, **shape)
@@ -676,15 +870,16 @@ def main(args: Args) -> dict:
     squeezed = label = None
     if args.label_teacher != "train":
         label = load_classifier(args.label_teacher, data, device)
-    if args.squeeze != "supervised" and args.teacher != "train":
+    if args.teacher_method != "supervised" and args.teacher != "train":
         squeezed = load_teacher(args.teacher, data, device, args.stem_padding)
-    source = dict(distilled="label" if args.squeeze == "supervised" else "squeezed", sre2l="label")
+    source = dict(distilled="label" if args.teacher_method == "supervised" else "squeezed", sre2l="label")
     with torch.device("meta"):
         blank, x = {}, torch.zeros(2, data.channels, data.size, data.size)
-        for name, teacher in dict(label=label, squeezed=squeezed).items():
-            own = dict(arch=args.teacher_arch, width=args.teacher_width, stem_padding=args.stem_padding)
-            if name == "label":
-                own = dict(arch=args.label_arch, width=args.label_width, stem_padding=1)
+        for name in sorted({"label", source["distilled"]}):
+            own = dict(arch=args.label_arch, width=args.label_width, stem_padding=1)
+            if name == "squeezed":
+                own = dict(arch=args.teacher_arch, width=args.teacher_width, stem_padding=args.stem_padding)
+            teacher = label if name == "label" else squeezed
             net = copy.deepcopy(teacher.net).to("meta") if teacher else ResNet(**own, **shape)
             blank[name] = nn.Sequential(net, nn.Linear(net(x).flatten(1).shape[1], classes)).eval()
         for row in recovered:
@@ -717,77 +912,21 @@ def main(args: Args) -> dict:
     args = run.args
 
     # teacher
-    teachers = Path(args.out_dir) / "teachers"  # SC-DD's departure 8: published are none
-    common = dict(seed=args.teacher_seed, precision=args.precision, save_minutes=args.save_minutes)
     if label is None:
-        label = train_supervised(
-            data,
-            teachers,
-            device,
-            arch=args.label_arch,
-            width=args.label_width,
-            stem_padding=1,
-            epochs=args.label_epochs,
-            batch=args.label_batch,
-            lr=args.label_lr,
-            weight_decay=args.label_wd,
-            warmup=args.label_warm_up,
-            crop=args.label_crop,
-            **common,
-        )
-    own = dict(
-        arch=args.teacher_arch,
-        width=args.teacher_width,
-        stem_padding=args.stem_padding,
-        epochs=args.teacher_epochs,
-        batch=args.teacher_batch,
-        lr=args.teacher_lr,
-        crop_min=args.teacher_crop_min,
-    )
-    if squeezed is None and args.squeeze == "moco2":
-        squeezed = train_moco(
-            data,
-            teachers,
-            device,
-            weight_decay=args.teacher_wd,
-            queue=args.teacher_queue,
-            temperature=args.teacher_temperature,
-            key_momentum=args.teacher_key_momentum,
-            splits=args.teacher_splits,
-            mlp=args.teacher_mlp,
-            blur=args.teacher_mlp,
-            **own,
-            **common,
-        )
-    elif squeezed is None and args.squeeze == "barlow":
-        squeezed = train_teacher(data, teachers, device, **own, **common)
+        label = label_teacher(args, data, device)
+    if squeezed is None and args.teacher_method != "supervised":
+        squeezed = squeeze(args, data, device)
     # every network takes the data's normalised images, whatever constants it was trained with
     rescaled = lambda teacher, fc: nn.Sequential(Rescale(data, teacher), classifier(teacher, fc)).to(device)  # noqa: E731
     networks = {"label": rescaled(label, label.fc)}
     facts = {"label": label.info | dict(name=label.name)}
-    if args.squeeze == "supervised":
+    if args.teacher_method == "supervised":
         networks["distilled"], facts["distilled"] = networks["label"], facts["label"]
     else:
         squeezed.net.to(device)
-        # alignment: a linear probe on the network, which stays as it is
-        probe = train_probe(
-            squeezed,
-            data,
-            device,
-            squeezed.folder if squeezed.folder and os.access(squeezed.folder, os.W_OK) else run.folder,
-            epochs=args.probe_epochs,
-            lr=args.probe_lr,
-            augment=args.probe_augment,
-            normalise=True,
-            seed=args.teacher_seed,
-            precision=args.precision,
-            save_minutes=args.save_minutes,
-        )
-        networks["distilled"], facts["distilled"] = rescaled(squeezed, probe), squeezed.info | dict(name=squeezed.name)
-        right = hits(
-            networks["distilled"], Inputs(data.x_test, data.mean, data.std, None, device, 0.0, spare), data.y_test
-        )
-        facts["distilled"]["probe_accuracy"] = float(right.float().mean())
+        probe, accuracy = align(args, squeezed, data, device, run.folder)
+        networks["distilled"] = rescaled(squeezed, probe)
+        facts["distilled"] = squeezed.info | dict(name=squeezed.name, probe_accuracy=accuracy)
         networks["sre2l"] = networks["label"]
 
     # distilled set
@@ -961,7 +1100,7 @@ def main(args: Args) -> dict:
             ),
         )
 
-    classes_of = y.view(args.ipc, -1).T.flatten()  # (n,) class after class
+    classes_of = by_class(y, args.ipc)  # (n,)
     statistics, recognised, jpeg_psnr, contents = {}, {}, {}, {}
     _, size, batch = blocks[0]
     floor = in_order(per_class(data.y_train, args.ipc, "floor", args.seed), args.ipc)[:size]

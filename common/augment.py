@@ -149,11 +149,14 @@ def boxes(u: Tensor, scale: tuple[float, float], ratio: float = RATIO) -> tuple[
     return top * (1 - height), left * (1 - width), height, width
 
 
-def resample(x: Tensor, top: Tensor, left: Tensor, height: Tensor, width: Tensor, mirrored: Tensor) -> Tensor:
+def resample(
+    x: Tensor, top: Tensor, left: Tensor, height: Tensor, width: Tensor, mirrored: Tensor, side: int | None = None
+) -> Tensor:
     """A box of each image, resized to the whole (bilinear) and mirrored where `mirrored`; differentiable in x.
 
     x: (N, C, H, W). top, left, height, width: fractions of the image; mirrored: bool; each (N,), or (1,) for one box
-    of the whole batch. An image's bits do not depend on the batch that it is in.
+    of the whole batch. side: of the result, which is square; None: the image's. An image's bits do not depend on the
+    batch that it is in.
     """
     sign = torch.where(mirrored, -1.0, 1.0)
     axes = []  # of the grid, in -1 .. 1 over the image: F.affine_grid's, without its matrix product
@@ -161,7 +164,8 @@ def resample(x: Tensor, top: Tensor, left: Tensor, height: Tensor, width: Tensor
         (x.shape[3], width * sign, 2 * left + width - 1),
         (x.shape[2], height, 2 * top + height - 1),
     ):
-        centres = torch.linspace(-1, 1, size, dtype=x.dtype, device=x.device) * (size - 1) / size
+        out = side or size
+        centres = torch.linspace(-1, 1, out, dtype=x.dtype, device=x.device) * (out - 1) / out
         axis = centres * slope.to(x.dtype)[:, None] + offset.to(x.dtype)[:, None]  # (N or 1, size)
         axes.append(axis.clamp(1 / size - 1, 1 - 1 / size))  # to the border's centres: border padding, which MPS lacks
     grid = torch.stack(torch.broadcast_tensors(axes[0][:, None], axes[1][:, :, None]), -1)  # (N or 1, H, W, 2)
@@ -169,17 +173,19 @@ def resample(x: Tensor, top: Tensor, left: Tensor, height: Tensor, width: Tensor
     return F.grid_sample(x, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
 
-def resized_crop(x: Tensor, generator: torch.Generator, scale: tuple[float, float], flip: bool) -> Tensor:
-    """A random box of each image, area in `scale`, aspect ratio in 3/4 .. 4/3, resized back (bilinear), half mirrored.
+def resized_crop(
+    x: Tensor, generator: torch.Generator, scale: tuple[float, float], flip: bool, side: int | None = None
+) -> Tensor:
+    """A random box of each image, area in `scale`, aspect ratio in 3/4 .. 4/3, resized (bilinear), half mirrored.
 
-    x: (N, C, H, W). See `boxes`.
+    x: (N, C, H, W); side: of the result, None: the image's. See `boxes`.
     """
     n = x.shape[0]
     u = torch.stack([uniform(n, 0, 1, generator, x.device) for _ in range(4)], 1)
     mirrored = torch.zeros(n, dtype=torch.bool, device=x.device)
     if flip:
         mirrored = uniform(n, 0, 1, generator, x.device) < 0.5
-    return resample(x, *boxes(u, scale), mirrored)
+    return resample(x, *boxes(u, scale), mirrored, side)
 
 
 def grayscale(x: Tensor) -> Tensor:
@@ -230,18 +236,49 @@ def colour_jitter(
     return torch.where(use, out, x)
 
 
-def ssl_view(x: Tensor, generator: torch.Generator, scale: tuple[float, float], flip: bool, solarise: float) -> Tensor:
-    """One view of solo-learn's CIFAR recipe: crop, flip, jitter, grayscale, solarise with chance `solarise`; no blur.
+def gaussian_blur(x: Tensor, generator: torch.Generator, p: float, low: float, high: float) -> Tensor:
+    """Each image of x (N, C, H, W) blurred with chance p, its sigma uniform in low .. high pixels.
 
-    x: pixels (N, C, H, W) in [0, 1]; returns pixels in [0, 1].
+    At the border the weights inside the image are scaled to sum to one.
     """
-    x = resized_crop(x, generator, scale, flip)
-    x = colour_jitter(x, generator, p=0.8, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1)
+    n = len(x)
+    sigma = uniform(n, low, high, generator, x.device)[:, None, None]
+    use = (uniform(n, 0, 1, generator, x.device) < p)[:, None, None, None]
+
+    def weights(size: int) -> Tensor:
+        """(N, 1, size, size): row i holds what each pixel gives to pixel i."""
+        at = torch.arange(size, dtype=torch.float32, device=x.device)
+        return (-(at[:, None] - at).square() / (2 * sigma.square())).softmax(2)[:, None]
+
+    return torch.where(use, weights(x.shape[2]) @ x @ weights(x.shape[3]).mT, x)
+
+
+def ssl_view(
+    x: Tensor,
+    generator: torch.Generator,
+    scale: tuple[float, float],
+    flip: bool,
+    *,
+    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1),
+    blur: float = 0.0,
+    solarise: float = 0.0,
+    side: int | None = None,
+) -> Tensor:
+    """One view: crop and flip, colour jitter with chance 0.8, grayscale 0.2, blur and solarisation with those chances.
+
+    x: pixels (N, C, H, W) in [0, 1]; returns pixels in [0, 1], of `side` px (None: the images'). scale: of the crop's
+    area. jitter: of brightness, contrast, saturation, hue (solo-learn's CIFAR recipe). A blur's sigma is 0.1 to 2 px.
+    """
+    x = resized_crop(x, generator, scale, flip, side)
+    brightness, contrast, saturation, hue = jitter
+    x = colour_jitter(x, generator, 0.8, brightness, contrast, saturation, hue)
     if x.shape[1] == 3:
-        grey = (uniform(x.shape[0], 0, 1, generator, x.device) < 0.2)[:, None, None, None]
+        grey = (uniform(len(x), 0, 1, generator, x.device) < 0.2)[:, None, None, None]
         x = torch.where(grey, grayscale(x).expand_as(x), x)
+    if blur:
+        x = gaussian_blur(x, generator, blur, 0.1, 2.0)
     if solarise:
-        chosen = (uniform(x.shape[0], 0, 1, generator, x.device) < solarise)[:, None, None, None]
+        chosen = (uniform(len(x), 0, 1, generator, x.device) < solarise)[:, None, None, None]
         x = torch.where(chosen & (x >= 0.5), 1 - x, x)
     return x
 
@@ -250,8 +287,13 @@ def two_views(
     x: Tensor, generator: torch.Generator, scale: tuple[float, float], flip: bool, solarise: bool = True
 ) -> tuple[Tensor, Tensor]:
     """Two views of pixels (N, C, H, W): solarised with chance 0 and 0.2, as solo-learn's Barlow Twins on CIFAR."""
-    view_1 = ssl_view(x, generator, scale, flip, 0.0)
-    return view_1, ssl_view(x, generator, scale, flip, 0.2 if solarise else 0.0)
+    view_1 = ssl_view(x, generator, scale, flip)
+    return view_1, ssl_view(x, generator, scale, flip, solarise=0.2 if solarise else 0.0)
+
+
+def small_side(size: int) -> int:
+    """Pixels of multi-crop's small views: 96 of 224 (SwAV, DINO), as a multiple of 4, for images of `size` px."""
+    return max(4, 4 * round(size * 96 / 224 / 4))
 
 
 # ---------------------------------------------------------------------------------- differentiable siamese augmentation

@@ -191,6 +191,14 @@ class ResNet(nn.Module):
     forward = features
 
 
+def replace_norms(net: nn.Module, make: Callable[[nn.BatchNorm2d], nn.Module]) -> list[nn.Module]:
+    """Put make(norm) in the place of every BatchNorm2d of `net`; returns them in the order of registration."""
+    norms = {name: make(part) for name, part in net.named_modules() if isinstance(part, nn.BatchNorm2d)}
+    for name, norm in norms.items():
+        net.set_submodule(name, norm)
+    return list(norms.values())
+
+
 class FlaxBatchNorm2d(nn.BatchNorm2d):
     """BatchNorm with Flax's running statistics as FRePo's code sets them: 0.1 old + 0.9 batch, variance biased.
 

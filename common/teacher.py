@@ -9,6 +9,7 @@ import hashlib
 import importlib
 import json
 import os
+import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from common.models import RESNETS, ResNet
 from common.run import UserError, first_line, write_atomic
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # what torchvision's and most published networks expect
+SWAV = ((0.485, 0.456, 0.406), (0.228, 0.224, 0.225))  # SwAV's src/multicropdataset.py and eval_linear.py: 0.228
 FORMAT = "teacher 1"
 
 
@@ -238,10 +240,10 @@ def load_teacher(
 ) -> Teacher:
     """The teacher that --teacher names, on `device`, with its linear classifier where it has one.
 
-    spec: a file or folder of this project; a ResNet file with torchvision's or solo-learn's keys; "torchvision:NAME"
-    or "timm:NAME" for those libraries' pretrained networks. stem_padding: of a file whose stem is 3x3 (it cannot be
-    read from the weights; solo-learn's is 2). flag: named in the errors. Raises UserError for a file that needs
-    unpickling, another architecture, missing keys, other channels than the data's.
+    spec: a file or folder of this project; a ResNet file with torchvision's, solo-learn's or a published checkpoint's
+    keys (load_resnet); "torchvision:NAME" or "timm:NAME" for those libraries' pretrained networks. stem_padding: of a
+    file whose stem is 3x3 (it cannot be read from the weights; solo-learn's is 2). flag: named in the errors. Raises
+    UserError for a file that needs unpickling, another architecture, missing keys, other channels than the data's.
     """
     if spec.startswith(("torchvision:", "timm:")):
         teacher = load_library(*spec.split(":", 1), data.size, flag)
@@ -276,36 +278,130 @@ def load_classifier(
     return teacher
 
 
-def load_resnet(path: Path, data: Data, stem_padding: int) -> Teacher:
-    """A ResNet-10/18/50 file in torchvision's or solo-learn's keys, recognised by its layout, loaded strictly.
+WRAPPERS = re.compile(r"((state_dict|model|module|_orig_mod)\.)*")  # dictionaries around a network, and DataParallel
+# Moving averages that are never taken beside the network that they follow, as that is the one which is evaluated:
+# MoCo's main_lincls.py reads module.encoder_q, MoCo v3's module.base_encoder, solo-learn's main_linear.py backbone.
+MOMENTUM = {"encoder_k", "momentum_encoder", "momentum_backbone"}
+HEADS = {"fc", "projector", "predictor", "classifier", "projection_head", "prototypes", "queue", "queue_ptr", "lambd"}
+DINO = r"(module\.)?backbone\."  # below "teacher" and "student"
+# A layout's name, its backbone's prefix without WRAPPERS, and how a key beside or below it begins; the first row that
+# fits holds. From the code that writes and reads the published files, named in each row: no such file was at hand.
+LAYOUTS = (
+    ("MoCo v3", r"base_encoder\.", ""),  # moco-v3: moco/builder.py, main_lincls.py
+    ("MoCo v2", r"encoder_q\.", r"encoder_q\.fc\.0\."),  # moco: moco/builder.py (--mlp), main_lincls.py
+    ("MoCo v1", r"encoder_q\.", r"encoder_q\.fc\.weight"),
+    ("MoCo", r"encoder_q\.", ""),
+    ("SwAV", "", r"(projection_head|prototypes)\."),  # swav: src/resnet50.py; main_swav.py keeps the queue elsewhere
+    ("DINO", rf"teacher\.{DINO}", ""),  # dino: main_dino.py; its eval_linear.py and eval_knn.py read "teacher"
+    ("solo-learn", r"(backbone|encoder)\.", r"classifier\."),  # solo/methods/base.py; encoder in its first versions
+    ("Barlow Twins", r"backbone\.", r"bn\.running_mean"),  # barlowtwins: main.py (checkpoint.pth)
+    ("torchvision", "", r"fc\.(weight|bias)"),  # and the probes that both main_lincls.py save, in the same keys
+    ("torchvision without fc", "", ""),  # DINO's dino_resnet50_pretrain.pth and Barlow Twins' resnet50.pth are alike
+)
 
-    `fc` becomes the teacher's classifier where it is one linear layer from the features.
+
+def flat(state: dict, levels: int = 4) -> dict[str, Tensor]:
+    """The tensors of dictionaries in dictionaries, `levels` deep, by their names joined with dots; all else is left."""
+    tensors = {}
+    for key, value in state.items():
+        if isinstance(key, str) and isinstance(value, Tensor):
+            tensors[key] = value
+        elif isinstance(key, str) and isinstance(value, dict) and levels > 1:
+            tensors |= {f"{key}.{name}": tensor for name, tensor in flat(value, levels - 1).items()}
+    return tensors
+
+
+def listed(names: set[str] | list[str], most: int = 6) -> str:
+    """The first names in their order, in one line."""
+    names = sorted(names)
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+
+
+def layout_of(state: dict) -> tuple[str, str, dict[str, Tensor]]:
+    """What a checkpoint is, by its keys: (its name in LAYOUTS, the backbone's prefix, the tensors below the prefix).
+
+    state: tensors by name, in one dictionary or in several ("teacher", "state_dict", "model" ...), whose names then are
+    parts of the prefix. A prefix is what stands before a four-dimensional conv1.weight outside the stages layer1 to
+    layer4. The tensors are the backbone's, heads included, the prefix taken off. A backbone of no known layout is taken
+    where it is the only one, and named by its prefix.
+
+    Raises ValueError, in one line, for no ResNet, a vision transformer, two backbones of which none is known to be the
+    one to take, and a moving average (or DINO's student) without the network that its makers evaluate.
+    """
+    tensors = flat(state)
+    stems = re.compile(r"(?!(?:.*\.)?layer\d)((?:.*\.)?)conv1\.weight")
+    found = [match[1] for key, value in tensors.items() if (match := stems.fullmatch(key)) and value.ndim == 4]
+    found = [prefix for prefix in found if f"{prefix}layer1.0.conv1.weight" in tensors] or found
+    if not found:
+        attention = [key for key in tensors if re.search(r"(^|[._])attn\.|self_attention|(^|\.)patch_embed\.", key)]
+        if attention:
+            raise ValueError(f"a vision transformer ({attention[0]}); only ResNets are known, name a file of one")
+        # modules by their names: what stands before a number, else before the last dot
+        modules = {key if "." not in key else re.split(r"\.(\d+\.|[^.]*$)", key)[0] for key in tensors}
+        held = f"it holds {listed(modules)}" if modules else "it holds no tensor with a name"
+        raise ValueError(f"no ResNet in it (no conv1.weight outside the layers; {held})")
+    taken = [prefix for prefix in found if not MOMENTUM & set(prefix.split("."))]
+    students = [prefix for prefix in taken if re.fullmatch(rf"student\.{DINO}", prefix)]
+    if taken == students:  # or neither
+        why = "DINO's student" if students else "a moving average"
+        raise ValueError(f"only {why} in it ({listed(found)}), not the network that its makers evaluate")
+    if any(re.fullmatch(rf"teacher\.{DINO}", prefix) for prefix in taken):
+        taken = [prefix for prefix in taken if prefix not in students]
+    if len(taken) > 1:
+        raise ValueError(f"{len(taken)} backbones in it ({listed(taken)}); save the one to take in a file of its own")
+    prefix = taken[0]
+    root = WRAPPERS.match(prefix)[0]
+    core = prefix.removeprefix(root)
+    beside = [key.removeprefix(root) for key in tensors if key.startswith(root)]
+    names = (
+        name
+        for name, pattern, sign in LAYOUTS
+        if re.fullmatch(pattern, core) and any(re.match(sign, key) for key in beside)
+    )
+    below = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+    return next(names, f"{core}*"), prefix, below
+
+
+def conversion(path: Path) -> str:
+    """The shell command that unpickles a file and keeps the tensors of its dictionaries, but for the optimizer's.
+
+    An empty class stands in for whatever the file names of the script that wrote it, which is __main__ then and is not
+    there now: Barlow Twins' first checkpoint.pth names a function of its main.py. Names like __file__, for which torch
+    asks, stay unknown.
+    """
+    code = (
+        'import torch; __getattr__ = lambda n: getattr(None, n) if n[:2] == "__" else type(n, (), {}); '
+        "keep = lambda s: {k: keep(v) if isinstance(v, dict) else v for k, v in s.items() "
+        'if isinstance(v, (dict, torch.Tensor)) and k not in ["optimizer"]}; '
+        f's = torch.load({json.dumps(str(path))}, map_location="cpu", weights_only=False); '
+        f"torch.save(keep(s if isinstance(s, dict) else s.state_dict()), {json.dumps(f'{path}.clean.pt')})"
+    )
+    return f"python -c {shlex.quote(code)}"
+
+
+def load_resnet(path: Path, data: Data, stem_padding: int) -> Teacher:
+    """A ResNet-10/18/50 file of MoCo, MoCo v3, SwAV, DINO, Barlow Twins, solo-learn or in torchvision's keys, loaded
+    strictly; which one is recognised by the keys (`layout_of`) and kept as info["layout"].
+
+    `fc` becomes the teacher's classifier where it is one linear layer from the features. Pixels are normalised by the
+    data's constants before a 3x3 stem, by SwAV's or ImageNet's before a 7x7 one. Raises UserError for a file that needs
+    unpickling, with the command that converts it, and for what layout_of refuses.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         if "GLOBAL" in str(error) or "allowlisted" in str(error):  # torch's words for a class that it does not know
-            convert = (
-                f'import torch; s = torch.load({json.dumps(str(path))}, map_location="cpu", weights_only=False); '
-                f'torch.save(s.get("state_dict", s.get("model", s)), {json.dumps(f"{path}.clean.pt")})'
-            )
             raise UserError(
                 f"{path}: loading it would run pickled code; if you trust it, convert it once with "
-                f"python -c {shlex.quote(convert)} and name the .clean.pt"
+                f"{conversion(path)} and name the .clean.pt"
             ) from None
         raise UserError(f"{path}: not a readable checkpoint ({type(error).__name__}); fetch it again") from None
-    for key in ("state_dict", "model"):
-        state = state[key] if isinstance(state, dict) and isinstance(state.get(key), dict) else state
-    state = {key: value for key, value in state.items() if isinstance(value, Tensor)} if isinstance(state, dict) else {}
-    state = {key: value for key, value in state.items() if isinstance(key, str)}
-    stems = [key for key in state if key.endswith("conv1.weight") and "layer" not in key and state[key].ndim == 4]
-    if not stems:
-        raise UserError(f"{path}: no ResNet in it (no conv1.weight outside the layers)")
-    prefix = min(stems, key=len).removesuffix("conv1.weight")  # "", "backbone.", "encoder.", "module.encoder_q." ...
-    state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    try:
+        layout, _, state = layout_of(state if isinstance(state, dict) else {})
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
     weight, bias = state.get("fc.weight"), state.get("fc.bias")
-    heads = ("fc.", "projector.", "predictor.", "classifier.")
-    state = {key: value for key, value in state.items() if not key.startswith(heads)}
+    state = {key: value for key, value in state.items() if key.split(".")[0] not in HEADS | MOMENTUM}
     width, channels, kernel = state["conv1.weight"].shape[:3]
     if channels != data.channels:
         raise UserError(f"{path}: takes {channels} channels, the data has {data.channels}")
@@ -316,16 +412,19 @@ def load_resnet(path: Path, data: Data, stem_padding: int) -> Teacher:
     stem = "cifar" if kernel == 3 else "imagenet"
     net = ResNet(arch, channels, width, stem, stem_padding)
     fit(net, state, path, f"{arch} of width {width}")
-    mean, std = (data.mean, data.std) if stem == "cifar" else map(torch.tensor, IMAGENET)
+    published = SWAV if layout == "SwAV" else IMAGENET
+    mean, std = (data.mean, data.std) if stem == "cifar" else map(torch.tensor, published)
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    info = dict(method="file", file=path.name, sha256=digest, arch=arch, stem=stem, stem_padding=stem_padding)
-    info |= dict(mean=mean.tolist(), std=std.tolist())
+    info = dict(method="file", file=path.name, sha256=digest, layout=layout, arch=arch, stem=stem)
+    info |= dict(stem_padding=stem_padding, mean=mean.tolist(), std=std.tolist())
     fc = None
-    if weight is not None and bias is not None and weight.shape == (*bias.shape, net.dim):
+    linear = weight is not None and bias is not None and weight.shape == (*bias.shape, net.dim)
+    if linear and not layout.startswith("MoCo"):  # whose fc is the loss's projection: main_lincls.py drops it
         fc = freeze(nn.Linear(net.dim, len(bias)))
         fc.load_state_dict({"weight": weight, "bias": bias})
-    return Teacher(freeze(net), net.dim, mean, std, f"{path.stem} ({arch}, {stem} stem)", info, None, fc)
+    name = f"{path.stem.removesuffix('.pth')} ({layout}, {arch}, {stem} stem)"
+    return Teacher(freeze(net), net.dim, mean, std, name, info, None, fc)
 
 
 def load_library(library: str, name: str, size: int, flag: str = "--teacher") -> Teacher:

@@ -21,6 +21,7 @@ from common.augment import (
     cyclic_shift,
     draw_variants,
     gather,
+    gaussian_blur,
     grayscale,
     num_variants,
     resample,
@@ -28,6 +29,7 @@ from common.augment import (
     resized_crop,
     scramble,
     shift_hue,
+    small_side,
     ssl_view,
     two_views,
 )
@@ -341,21 +343,22 @@ def test_digits_are_never_mirrored():
 # --------------------------------------------------------------------------------------------------------- resized crop
 
 
-def naive_resized_crop(x, generator, scale, flip):
+def naive_resized_crop(x, generator, scale, flip, side=None):
     """A bilinear look-up for every output pixel; sample positions outside the centres take the border's value."""
-    n, _, height, width = x.shape
+    n, channels, height, width = x.shape
+    rows, columns = side or height, side or width
     draw = lambda low, high: torch.rand(n, generator=generator).double() * (high - low) + low  # noqa: E731
     area, ratio = draw(*scale), draw(-math.log(4 / 3), math.log(4 / 3)).exp()
     w, h = (area * ratio).sqrt().clamp(max=1).tolist(), (area / ratio).sqrt().clamp(max=1).tolist()
     left, top = draw(0, 1).tolist(), draw(0, 1).tolist()
     mirrored = (draw(0, 1) < 0.5).tolist() if flip else [False] * n
-    out = torch.zeros_like(x)
+    out = x.new_zeros(n, channels, rows, columns)
     for b in range(n):
-        for i in range(height):
-            for j in range(width):
-                across = (width - 1 - j if mirrored[b] else j) + 0.5
-                u = ((1 - w[b]) * left[b] + w[b] * across / width) * width - 0.5
-                v = ((1 - h[b]) * top[b] + h[b] * (i + 0.5) / height) * height - 0.5
+        for i in range(rows):
+            for j in range(columns):
+                across = (columns - 1 - j if mirrored[b] else j) + 0.5
+                u = ((1 - w[b]) * left[b] + w[b] * across / columns) * width - 0.5
+                v = ((1 - h[b]) * top[b] + h[b] * (i + 0.5) / rows) * height - 0.5
                 u, v = min(max(u, 0.0), width - 1.0), min(max(v, 0.0), height - 1.0)
                 a, c = min(int(u), width - 2), min(int(v), height - 2)
                 s, t = u - a, v - c
@@ -370,6 +373,25 @@ def test_resized_crop_is_the_bilinear_loop(scale, flip):
     x = images(5, dtype=F64)
     expected = naive_resized_crop(x, gen(2), scale, flip)
     torch.testing.assert_close(resized_crop(x, gen(2), scale, flip), expected, rtol=0, atol=1e-5)  # draws are float32
+
+
+@pytest.mark.parametrize("side", [3, 4, 7, 13])
+@pytest.mark.parametrize("flip", [True, False])
+def test_a_crop_of_another_size_is_the_bilinear_loop(side, flip):
+    """Of images that are no squares; the same boxes whatever the side."""
+    x = images(5, dtype=F64)[:, :, :6]
+    expected = naive_resized_crop(x, gen(2), (0.05, 0.3), flip, side)
+    torch.testing.assert_close(resized_crop(x, gen(2), (0.05, 0.3), flip, side), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(resized_crop(x, gen(2), (0.05, 0.3), flip), naive_resized_crop(x, gen(2), (0.05, 0.3), flip),
+                               rtol=0, atol=1e-5)  # fmt: skip
+
+
+def test_the_small_views_sides():
+    """96 of 224 px, 4/7 of it rounded and so on: the nearest multiples of four, four at least."""
+    assert [small_side(size) for size in (1, 8, 16, 28, 32, 48, 64, 96, 128, 224, 448)] == [
+        4, 4, 8, 12, 12, 20, 28, 40, 56, 96, 192]  # fmt: skip
+    for size in range(10, 300):
+        assert small_side(size) % 4 == 0 and abs(small_side(size) - size * 96 / 224) <= 2
 
 
 @pytest.mark.parametrize("mirrored", [False, True])
@@ -547,7 +569,7 @@ def test_views_follow_the_recipe(monkeypatch):
     """Crop and jitter stubbed: what is left is grayscale (1 in 5) and solarising (1 in 5, second view only)."""
     calls = []
     monkeypatch.setattr(common.augment, "resized_crop", lambda x, generator, *rest: calls.append(rest) or x)
-    monkeypatch.setattr(common.augment, "colour_jitter", lambda x, generator, **how: calls.append(how) or x)
+    monkeypatch.setattr(common.augment, "colour_jitter", lambda x, generator, *how: calls.append(how) or x)
     n = 2000
     x = torch.tensor([0.9, 0.2, 0.5])[:, None, None].expand(n, 3, 2, 2)
     grey = 0.299 * 0.9 + 0.587 * 0.2 + 0.114 * 0.5
@@ -559,7 +581,66 @@ def test_views_follow_the_recipe(monkeypatch):
             four_sigma = 4 * math.sqrt(0.2 * 0.8 * n)
             assert abs(seen.count("grey") - 0.2 * n) < four_sigma
             assert abs(seen.count("solarised") - 0.8 * chance * n) < four_sigma * bool(chance) + 1e-9
-    assert calls == [((0.3, 1.0), True), dict(p=0.8, **JITTER)] * 4
+    assert calls == [((0.3, 1.0), True, None), (0.8, *JITTER.values())] * 4
+
+
+def test_a_view_takes_its_settings(monkeypatch):
+    """MoCo v2's: crop and flip, the jitter asked for of four in five, grey one in five, blur of one in two on demand."""
+    asked = []
+    monkeypatch.setattr(common.augment, "resized_crop", lambda x, _, *args: asked.append(args) or x)
+    monkeypatch.setattr(common.augment, "colour_jitter", lambda x, _, *args: asked.append(args) or x)
+    x = torch.rand(4000, 3, 2, 2, generator=gen())
+    moco = dict(jitter=(0.4, 0.4, 0.4, 0.1))
+    view = ssl_view(x, gen(1), (0.3, 1.0), True, **moco, side=5)
+    assert asked == [((0.3, 1.0), True, 5), (0.8, 0.4, 0.4, 0.4, 0.1)]
+    grey = (view == view[:, :1]).all(1).all(1).all(1)
+    assert torch.equal(view[~grey], x[~grey])
+    luma = 0.299 * x[:, 0] + 0.587 * x[:, 1] + 0.114 * x[:, 2]
+    torch.testing.assert_close(view[grey, 0], luma[grey])
+    assert grey.float().mean() == pytest.approx(0.2, abs=5 * math.sqrt(0.16 / 4000))
+    changed = lambda **blur: (ssl_view(x, gen(1), (0.3, 1.0), True, **moco, **blur) != view).flatten(1).any(1)  # noqa: E731
+    assert not changed().any()
+    for chance in (0.1, 0.5, 1.0):  # a sigma below 0.2 px, one in twenty, changes nothing
+        spread = 5 * math.sqrt(chance * (1 - chance) / 4000)
+        assert 0.94 * chance - spread < changed(blur=chance).float().mean() < chance - 0.02 * chance + spread
+    one = x[:, :1].contiguous()
+    assert torch.equal(ssl_view(one, gen(1), (0.3, 1.0), True, **moco), one)
+
+
+def test_a_view_is_blurred_before_it_is_solarised(monkeypatch):
+    """With sigmas of 0.1 to 2 px; as the papers' views (solarising moves a mean that blurring keeps)."""
+    monkeypatch.setattr(common.augment, "resized_crop", lambda x, *_: x)
+    monkeypatch.setattr(common.augment, "colour_jitter", lambda x, *_: x)
+    x = images(50, 1)
+    blurred = gaussian_blur(x, gen(1), 1.0, 0.1, 2.0)
+    assert torch.equal(ssl_view(x, gen(1), (0.3, 1.0), True, blur=1.0), blurred)
+    view = ssl_view(x, gen(1), (0.3, 1.0), True, blur=1.0, solarise=1.0)
+    assert torch.equal(view, torch.where(blurred >= 0.5, 1 - blurred, blurred))
+
+
+def test_blur_is_the_loop():
+    """Each pixel a mean weighted by exp(-distance^2 / 2 sigma^2), over the pixels that there are."""
+    x = torch.rand(40, 2, 5, 7, generator=gen())
+    blurred = gaussian_blur(x, gen(3), 0.5, 0.1, 2.0)
+    generator = gen(3)
+    sigmas, chances = torch.rand(40, generator=generator).double() * 1.9 + 0.1, torch.rand(40, generator=generator)
+    kept = 0
+    for image, out, sigma, chance in zip(x.double(), blurred, sigmas.tolist(), chances.tolist(), strict=True):
+        if chance >= 0.5:
+            kept += 1
+            assert torch.equal(out, image.float())
+            continue
+        for row, column in ((0, 0), (2, 3), (4, 5)):
+            weights = {
+                (r, c): math.exp(-((r - row) ** 2 + (c - column) ** 2) / (2 * sigma**2))
+                for r in range(5)
+                for c in range(7)
+            }
+            total = sum(weights.values())
+            for channel in range(2):
+                wanted = sum(w * image[channel, r, c].item() for (r, c), w in weights.items()) / total
+                assert out[channel, row, column].item() == pytest.approx(wanted, abs=1e-6)
+    assert 8 < kept < 32
 
 
 def test_views_solarise_grey_images_too():

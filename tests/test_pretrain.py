@@ -19,15 +19,17 @@ from conftest import refuse
 from safetensors.torch import save_file
 from torch import nn
 
+import common.barlow
 import common.pretrain
 import common.run
 import common.teacher
 import kernels.barlow
 from common.artefact import save_distilled
 from common.augment import draw_variants, num_variants
+from common.barlow import barlow_loss, projector, train_barlow
 from common.data import load, normalise
 from common.models import ResNet
-from common.pretrain import barlow_loss, cosine_lr, knn_accuracy, lars_, projector, train_teacher
+from common.pretrain import cosine_lr, knn_accuracy, lars_
 from common.run import Stopped, all_finite, catch_signals, rng, seed_of
 from common.teacher import IMAGENET, AugmentedTargets, Teacher, load_teacher
 
@@ -56,7 +58,7 @@ def few(digits):
 def trained(few, tmp_path_factory):
     """(teacher, the folder of teachers)."""
     place = tmp_path_factory.mktemp("teachers")
-    return train_teacher(few, place, CPU, **TINY), place
+    return train_barlow(few, place, CPU, **TINY), place
 
 
 @pytest.fixture(scope="module")
@@ -81,16 +83,16 @@ def forbid(*_, **__):
 
 def test_the_loss_is_that_of_the_float32_projections(few, monkeypatch, tmp_path):
     """Also where the networks run in bf16; the loss itself: tests/test_barlow.py."""
-    assert common.pretrain.barlow_loss is kernels.barlow.barlow_loss
+    assert common.barlow.barlow_loss is kernels.barlow.barlow_loss
     calls = []
 
     def record(*args):
         calls.append(args)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(common.pretrain, "barlow_loss", record)
+    monkeypatch.setattr(common.barlow, "barlow_loss", record)
     with pytest.raises(KeyboardInterrupt):
-        train_teacher(few, tmp_path, CPU, **TINY | dict(precision="bf16", off_diagonal=0.3))
+        train_barlow(few, tmp_path, CPU, **TINY | dict(precision="bf16", off_diagonal=0.3))
     ((z_1, z_2, off_diagonal),) = calls
     assert z_1.dtype == z_2.dtype == torch.float32 and z_1.shape == z_2.shape == (128, 16)
     assert torch.equal(z_1, z_1.bfloat16().float())  # the networks did run in bf16
@@ -193,14 +195,14 @@ def test_a_teacher_describes_itself(trained, few):
 
 def test_a_trained_teacher_is_not_trained_again(trained, few, monkeypatch):
     teacher, place = trained
-    monkeypatch.setattr(common.pretrain, "barlow_loss", forbid)
-    again = train_teacher(few, place, CPU, **TINY)
+    monkeypatch.setattr(common.barlow, "barlow_loss", forbid)
+    again = train_barlow(few, place, CPU, **TINY)
     assert same(again, teacher) and again.info == teacher.info
 
 
 def test_how_often_it_is_saved_does_not_make_another_teacher(trained, few, monkeypatch):
-    monkeypatch.setattr(common.pretrain, "barlow_loss", forbid)
-    assert same(train_teacher(few, trained[1], CPU, **TINY, save_minutes=1.0), trained[0])
+    monkeypatch.setattr(common.barlow, "barlow_loss", forbid)
+    assert same(train_barlow(few, trained[1], CPU, **TINY, save_minutes=1.0), trained[0])
 
 
 @pytest.mark.parametrize(
@@ -212,7 +214,7 @@ def test_how_often_it_is_saved_does_not_make_another_teacher(trained, few, monke
 )  # fmt: skip
 def test_anything_else_is_another_teacher(trained, few, monkeypatch, tmp_path, change):
     """The folder is made before the first step, which is forbidden here."""
-    monkeypatch.setattr(common.pretrain, "barlow_loss", forbid)
+    monkeypatch.setattr(common.barlow, "barlow_loss", forbid)
     teacher, _ = trained
     data, settings = few, TINY
     if isinstance(change, str):
@@ -220,7 +222,7 @@ def test_anything_else_is_another_teacher(trained, few, monkeypatch, tmp_path, c
     else:
         settings = TINY | change
     with pytest.raises(AssertionError, match="must not be called"):
-        train_teacher(data, tmp_path, CPU, **settings)
+        train_barlow(data, tmp_path, CPU, **settings)
     (folder,) = tmp_path.iterdir()
     assert folder.name != teacher.folder.name
     if isinstance(change, dict) and "epochs" in change:
@@ -232,7 +234,7 @@ def test_anything_else_is_another_teacher(trained, few, monkeypatch, tmp_path, c
 @pytest.mark.parametrize("epoch", [1, 2])
 def test_a_stopped_teacher_goes_on_bit_for_bit(trained, few, monkeypatch, tmp_path, epoch):
     teacher, _ = trained
-    calls, whole = [], common.pretrain.barlow_loss
+    calls, whole = [], common.barlow.barlow_loss
 
     def stop(*args):
         calls.append(1)
@@ -240,13 +242,13 @@ def test_a_stopped_teacher_goes_on_bit_for_bit(trained, few, monkeypatch, tmp_pa
             raise KeyboardInterrupt
         return whole(*args)
 
-    monkeypatch.setattr(common.pretrain, "barlow_loss", stop)
+    monkeypatch.setattr(common.barlow, "barlow_loss", stop)
     with pytest.raises(KeyboardInterrupt):
-        train_teacher(few, tmp_path, CPU, **TINY)
+        train_barlow(few, tmp_path, CPU, **TINY)
     calls.clear()
-    monkeypatch.setattr(common.pretrain, "barlow_loss", lambda *args: calls.append(1) or whole(*args))
+    monkeypatch.setattr(common.barlow, "barlow_loss", lambda *args: calls.append(1) or whole(*args))
     torch.rand(5)  # the global generator is elsewhere by now
-    resumed = train_teacher(few, tmp_path, CPU, **TINY)
+    resumed = train_barlow(few, tmp_path, CPU, **TINY)
     assert len(calls) == 2 * (3 - epoch)
     assert same(resumed, teacher)
     assert resumed.info | {"seconds": 0} == teacher.info | {"seconds": 0}
@@ -273,7 +275,7 @@ def signal_at(monkeypatch, number, at):
         return whole(*args)
 
     catch_signals()
-    monkeypatch.setattr(common.pretrain, "two_views", two_views)
+    monkeypatch.setattr(common.barlow, "two_views", two_views)
     return steps
 
 
@@ -283,14 +285,14 @@ def test_signals_at_any_step_change_nothing(trained, few, monkeypatch, tmp_path,
     for number, at in ((signal.SIGTERM, 1), (signal.SIGINT, 1), (signal.SIGTERM, 1), (signal.SIGINT, 2)):
         steps = signal_at(monkeypatch, number, at)
         with pytest.raises(Stopped):
-            train_teacher(few, tmp_path, CPU, **TINY)
+            train_barlow(few, tmp_path, CPU, **TINY)
         (path,) = tmp_path.rglob("checkpoint.pt")
         done.append(common.run.load_checkpoint(path)["step"])
         seeds += steps
         torch.rand(5)  # the global generator is elsewhere by now
     assert done == [1, 2, 3, 5] and not list(tmp_path.rglob("*.safetensors"))
     steps = signal_at(monkeypatch, signal.SIGTERM, 0)  # never
-    resumed = train_teacher(few, tmp_path, CPU, **TINY)
+    resumed = train_barlow(few, tmp_path, CPU, **TINY)
     seeds += steps
     assert seeds == [seed_of("teacher views", 0, epoch, i) for epoch in range(3) for i in range(2)]
     assert same(resumed, trained[0]) and not path.exists()
@@ -300,10 +302,10 @@ def test_signals_at_any_step_change_nothing(trained, few, monkeypatch, tmp_path,
 def test_a_signal_in_the_last_step_finds_the_teacher_finished(trained, few, monkeypatch, tmp_path, handlers):
     signal_at(monkeypatch, signal.SIGTERM, 6)
     with pytest.raises(Stopped):
-        train_teacher(few, tmp_path, CPU, **TINY)
+        train_barlow(few, tmp_path, CPU, **TINY)
     catch_signals()
-    monkeypatch.setattr(common.pretrain, "barlow_loss", forbid)
-    assert same(train_teacher(few, tmp_path, CPU, **TINY), trained[0])
+    monkeypatch.setattr(common.barlow, "barlow_loss", forbid)
+    assert same(train_barlow(few, tmp_path, CPU, **TINY), trained[0])
     (folder,) = tmp_path.iterdir()
     assert [file.name for file in folder.iterdir()] == ["teacher.safetensors"]
 
@@ -330,9 +332,9 @@ def test_checkpoints_at_epochs_and_on_time(trained, few, monkeypatch, tmp_path, 
         lars_(*args)
 
     monkeypatch.setattr(common.pretrain, "Interval", Clock)
-    monkeypatch.setattr(common.pretrain, "lars_", optimise)
+    monkeypatch.setattr(common.barlow, "lars_", optimise)
     monkeypatch.setattr(common.pretrain, "write_atomic", write_atomic)
-    assert same(train_teacher(few, tmp_path, CPU, **TINY), trained[0])
+    assert same(train_barlow(few, tmp_path, CPU, **TINY), trained[0])
     assert saved == expected
     assert starts == [0, *expected]  # the time runs anew from each
 
@@ -340,29 +342,29 @@ def test_checkpoints_at_epochs_and_on_time(trained, few, monkeypatch, tmp_path, 
 def test_the_time_between_checkpoints_is_in_minutes(few, monkeypatch, tmp_path):
     asked, whole = [], common.run.Interval
     monkeypatch.setattr(common.pretrain, "Interval", lambda minutes: asked.append(minutes) or whole(minutes))
-    train_teacher(few, tmp_path, CPU, **TINY | dict(epochs=1))
-    train_teacher(few, tmp_path, CPU, **TINY | dict(epochs=1, seed=1), save_minutes=2.5)
+    train_barlow(few, tmp_path, CPU, **TINY | dict(epochs=1))
+    train_barlow(few, tmp_path, CPU, **TINY | dict(epochs=1, seed=1), save_minutes=2.5)
     assert asked == [10.0, 2.5]
 
 
 def test_the_loss_falls_on_digits(digits, monkeypatch, tmp_path):
-    losses, whole = [], common.pretrain.barlow_loss
+    losses, whole = [], common.barlow.barlow_loss
 
     def record(*args):
         loss = whole(*args)
         losses.append(loss.item())
         return loss
 
-    monkeypatch.setattr(common.pretrain, "barlow_loss", record)
-    train_teacher(digits, tmp_path, CPU, **TINY | dict(epochs=8))
+    monkeypatch.setattr(common.barlow, "barlow_loss", record)
+    train_barlow(digits, tmp_path, CPU, **TINY | dict(epochs=8))
     per_epoch = torch.tensor(losses).view(8, -1).mean(1)
     assert len(losses) == 8 * (1437 // 128)
     assert per_epoch[-1] < 0.5 * per_epoch[0]
 
 
 def test_a_diverged_teacher_is_refused(few, monkeypatch, tmp_path):
-    monkeypatch.setattr(common.pretrain, "barlow_loss", lambda z_1, z_2, _: (z_1 * torch.nan).sum())
-    line = refuse(lambda: train_teacher(few, tmp_path, CPU, **TINY), "epoch 1, step 2: loss is nan", "--teacher-lr")
+    monkeypatch.setattr(common.barlow, "barlow_loss", lambda z_1, z_2, _: (z_1 * torch.nan).sum())
+    line = refuse(lambda: train_barlow(few, tmp_path, CPU, **TINY), "epoch 1, step 2: loss is nan", "--teacher-lr")
     assert "learning rate 0.075);" in line  # the second of two warm-up steps to 0.3 * 128 / 256
     (folder,) = tmp_path.iterdir()
     assert str(folder) in line and not list(folder.iterdir())
@@ -384,33 +386,33 @@ def test_what_is_not_finite_is_never_saved(trained, few, monkeypatch, tmp_path, 
 
     name, fault = {"loss": ("barlow_loss", loss), "weight": ("lars_", optimise)}[of]
     with monkeypatch.context() as patch:
-        patch.setattr(common.pretrain, name, fault)
+        patch.setattr(common.barlow, name, fault)
         epoch = (at + 1) // 2
-        line = refuse(lambda: train_teacher(few, tmp_path, CPU, **TINY), f"epoch {epoch}, step {at}:", "not finite")
+        line = refuse(lambda: train_barlow(few, tmp_path, CPU, **TINY), f"epoch {epoch}, step {at}:", "not finite")
     terms = dict(part.rsplit(" ", 1) for part in line[line.index("(") + 1 : line.index(")")].split(", "))
-    assert list(terms) == ["diagonal", "off-diagonal", "learning rate"]
-    on, off, _ = (float(value) for value in terms.values())
+    assert list(terms) == ["diagonal", "off-diagonal", "embedding std", "learning rate"]
+    on, off, *_ = (float(value) for value in terms.values())
     value = float(line.split("loss is ")[1].split(" ", 1)[0])
     assert math.isnan(value) if of == "loss" else value == pytest.approx(0.1 * (on + 0.0051 * off), rel=1e-2)
     (path,) = tmp_path.rglob("*.*")
     state = common.run.load_checkpoint(path)
     assert path.name == "checkpoint.pt" and state["step"] == 2 * (epoch - 1) and all_finite(state)
     signal_at(monkeypatch, signal.SIGTERM, 0)
-    assert same(train_teacher(few, tmp_path, CPU, **TINY), trained[0])
+    assert same(train_barlow(few, tmp_path, CPU, **TINY), trained[0])
 
 
 def test_a_checkpoint_that_does_not_fit_is_named(few, monkeypatch, tmp_path, handlers):
     signal_at(monkeypatch, signal.SIGTERM, 1)
     with pytest.raises(Stopped):
-        train_teacher(few, tmp_path, CPU, **TINY)
+        train_barlow(few, tmp_path, CPU, **TINY)
     (path,) = tmp_path.rglob("checkpoint.pt")
     whole, state = path.read_bytes(), common.run.load_checkpoint(path)
     catch_signals()
-    monkeypatch.setattr(common.pretrain, "barlow_loss", forbid)
+    monkeypatch.setattr(common.barlow, "barlow_loss", forbid)
 
     def check(*words):
         refuse(
-            lambda: train_teacher(few, tmp_path, CPU, **TINY), str(path), "delete it to train the teacher anew", *words
+            lambda: train_barlow(few, tmp_path, CPU, **TINY), str(path), "delete it to train the teacher anew", *words
         )
 
     for damaged in (whole[: len(whole) // 2], b"", b"<html>"):
@@ -433,30 +435,30 @@ def test_a_checkpoint_that_does_not_fit_is_named(few, monkeypatch, tmp_path, han
     path.write_bytes(whole)
     monkeypatch.setattr(nn.Module, "load_state_dict", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("full")))
     with pytest.raises(torch.OutOfMemoryError):  # of the device: the checkpoint is good
-        train_teacher(few, tmp_path, CPU, **TINY)
+        train_barlow(few, tmp_path, CPU, **TINY)
 
 
 def test_views_are_drawn_without_flips_for_digits(few, monkeypatch, tmp_path):
-    asked, whole = [], common.pretrain.two_views
+    asked, whole = [], common.barlow.two_views
 
     def record(x, generator, scale, flip):
         asked.append((scale, flip, x.max().item() <= 1))
         return whole(x, generator, scale, flip)
 
-    monkeypatch.setattr(common.pretrain, "two_views", record)
-    train_teacher(few, tmp_path, CPU, **TINY | dict(epochs=1))
+    monkeypatch.setattr(common.barlow, "two_views", record)
+    train_barlow(few, tmp_path, CPU, **TINY | dict(epochs=1))
     assert asked == [((0.4, 1.0), False, True)] * 2
 
 
 def test_every_step_is_lars_at_the_scheduled_rate(few, monkeypatch, tmp_path):
-    calls, whole = [], common.pretrain.lars_
+    calls, whole = [], common.barlow.lars_
 
     def record(params, lr, eta, weight_decay):
         calls.append((len(params), lr, eta, weight_decay))
         whole(params, lr, eta, weight_decay)
 
-    monkeypatch.setattr(common.pretrain, "lars_", record)
-    train_teacher(few, tmp_path, CPU, **TINY)
+    monkeypatch.setattr(common.barlow, "lars_", record)
+    train_barlow(few, tmp_path, CPU, **TINY)
     n = len(list(ResNet("resnet10", 1, 4).parameters())) + len(list(projector(32, 16).parameters()))
     rates = [cosine_lr(step, 6, 2, 0.3 * 128 / 256) for step in range(6)]  # one warm-up epoch of two steps
     assert calls == [(n, rate, 0.002, 1e-4) for rate in rates]
@@ -464,7 +466,7 @@ def test_every_step_is_lars_at_the_scheduled_rate(few, monkeypatch, tmp_path):
 
 def test_a_folder_that_cannot_be_made_is_named(few, tmp_path):
     (tmp_path / "file").write_text("")
-    refuse(lambda: train_teacher(few, tmp_path / "file", CPU, **TINY), str(tmp_path / "file"), "--out-dir")
+    refuse(lambda: train_barlow(few, tmp_path / "file", CPU, **TINY), str(tmp_path / "file"), "--out-dir")
 
 
 # -------------------------------------------------------------------------------------------------------------- targets
@@ -736,7 +738,7 @@ def test_own_teacher_loads_by_file_and_by_folder(trained, few, tmp_path, monkeyp
 
 
 def test_two_teachers_in_one_folder_do_not_share_targets(trained, few, tmp_path):
-    other = train_teacher(few, tmp_path / "made", CPU, **TINY | dict(seed=1, epochs=1))
+    other = train_barlow(few, tmp_path / "made", CPU, **TINY | dict(seed=1, epochs=1))
     for name, teacher in (("a", trained[0]), ("b", other)):
         (tmp_path / f"{name}.safetensors").write_bytes((teacher.folder / "teacher.safetensors").read_bytes())
     a, b = (load_teacher(str(tmp_path / f"{name}.safetensors"), few, CPU) for name in "ab")

@@ -731,7 +731,7 @@ def test_images_held_out_are_scored_and_the_test_images_play_no_part(out, monkey
 
 STAGES = {  # what is called when, and the arrival at which the run is stopped
     "labelling teacher": ("common.pretrain", "augmented", 15),
-    "squeeze": ("common.pretrain", "info_nce", 7),
+    "squeeze": ("common.moco", "info_nce", 7),
     "probe": ("common.pretrain", "probe_lr", 9),
     "first step": ("scdd", "smallest_area", 1),
     "first recovery": ("scdd", "smallest_area", 6),

@@ -1,68 +1,60 @@
-"""common/pretrain.py, common/teacher.py: MoCo v2, supervised training and the linear probe against loops, whole steps
-included; training that stops and goes on; classifiers from files."""
+"""common/moco.py, pretrain.py and teacher.py: MoCo v2, supervised training and the linear probe against loops, whole
+steps included; training that stops and goes on; classifiers from files."""
 
 import dataclasses
 import hashlib
 import json
 import math
-import os
 import signal
 from collections import deque
+from functools import partial
 
 import pytest
+import ssl_helpers
 import torch
 import torchvision
 from conftest import refuse
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from ssl_helpers import (
+    CPU,
+    F64,
+    NaiveSplit,
+    Sgd,
+    check_net,
+    close,
+    forbid,
+    gen,
+    linear,
+    naive_net,
+    one_label,
+    record,
+    same,
+    signal_at,
+    spy,
+    stops,
+)
 from torch import nn
 
+import common.moco
 import common.pretrain
 import common.run
-from common.augment import crop_flip, resized_crop
+from common.augment import crop_flip, resized_crop, ssl_view
+from common.barlow import train_barlow
 from common.data import Data, load, normalise
+from common.moco import Queue, SplitBatchNorm2d, enqueue_, info_nce, split_norms, train_moco2
 from common.models import ResNet
-from common.pretrain import (
-    Queue,
-    SplitBatchNorm2d,
-    augmented,
-    enqueue_,
-    follow_,
-    gaussian_blur,
-    info_nce,
-    knn_accuracy,
-    moco_view,
-    probe_lr,
-    split_norms,
-    train_moco,
-    train_probe,
-    train_supervised,
-    train_teacher,
-)
+from common.pretrain import augmented, follow_, probe_lr, train_probe, train_supervised
 from common.run import Stopped, catch_signals, rng
-from common.students import per_class
 from common.teacher import IMAGENET, Teacher, classifier, digest_of, load_classifier, load_teacher
 
-F64 = torch.float64
-CPU = torch.device("cpu")
+handlers = pytest.fixture(ssl_helpers.handlers)
+one_thread = pytest.fixture(ssl_helpers.one_thread, autouse=True, scope="module")
 NET = dict(arch="resnet10", width=4)
 MOCO = NET | dict(epochs=3, batch=32, lr=0.1, queue=48, dim=8, splits=4, crop_min=0.4)
 SUPERVISED = NET | dict(epochs=3, batch=32, lr=0.1)
-TRAINERS = {"moco": (train_moco, MOCO), "supervised": (train_supervised, SUPERVISED)}
+TRAINERS = {"moco2": (train_moco2, MOCO), "supervised": (train_supervised, SUPERVISED)}
 both = pytest.mark.parametrize("kind", TRAINERS)
-
-
-def gen(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """The networks here are tiny. For the whole module: what is compared bit for bit has one number of threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -84,57 +76,7 @@ def made(few, tmp_path_factory):
     return {kind: trainer(few, place, CPU, **settings) for kind, (trainer, settings) in TRAINERS.items()}
 
 
-def same(a, b):
-    """Whether all tensors of two modules or state dicts are equal, bit for bit."""
-    a, b = (x.state_dict() if isinstance(x, nn.Module) else x for x in (a, b))
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-
-
-def forbid(*_, **__):
-    raise AssertionError("this must not be called")
-
-
-def close(a, b, rtol=1e-4):
-    """Whether a is b up to rtol of b's largest number."""
-    return (a.double() - b).abs().max() <= rtol * b.abs().max()
-
-
 # ------------------------------------------------------------------------------------------------- sub-batch BatchNorm
-
-
-class NaiveSplit(nn.Module):
-    """Every part of the batch by its own mean and variance, pixel sums and all, in the dtype of the images."""
-
-    def __init__(self, norm, splits):
-        super().__init__()
-        self.splits, self.eps, self.momentum = splits, norm.eps, norm.momentum
-        self.weight, self.bias = (nn.Parameter(p.detach().clone()) for p in (norm.weight, norm.bias))
-        self.mean, self.var = norm.running_mean.clone(), norm.running_var.clone()
-
-    def forward(self, x):
-        size, parts, means, variances = len(x) // self.splits, [], [], []
-        for s in range(self.splits):
-            part = x[s * size : (s + 1) * size].transpose(0, 1).flatten(1)  # (C, B / splits * H * W)
-            n = part.shape[1]
-            mean = part.sum(1) / n
-            var = (part - mean[:, None]).square().sum(1) / n
-            out = (part - mean[:, None]) / (var + self.eps).sqrt()[:, None] * self.weight[:, None] + self.bias[:, None]
-            parts.append(out.view(x.shape[1], size, *x.shape[2:]).transpose(0, 1))
-            means.append(mean.detach())
-            variances.append(var.detach() * n / (n - 1))
-        self.mean = (1 - self.momentum) * self.mean + self.momentum * sum(means) / self.splits
-        self.var = (1 - self.momentum) * self.var + self.momentum * sum(variances) / self.splits
-        return torch.cat(parts)
-
-
-def naive_net(state, splits):
-    """A ResNet-10 of width 4 with these weights in float64, every norm replaced by the naive one."""
-    net = ResNet("resnet10", 1, 4, "cifar", 1).double()
-    net.load_state_dict(state)
-    for name, norm in list(net.named_modules()):
-        if isinstance(norm, nn.BatchNorm2d):
-            net.set_submodule(name, NaiveSplit(norm, splits))
-    return net
 
 
 @pytest.mark.parametrize("splits", [1, 2, 4])
@@ -229,53 +171,6 @@ def test_the_slow_weights_follow():
 # ---------------------------------------------------------------------------------------------------------------- views
 
 
-def test_blur_is_the_loop():
-    """Each pixel a mean weighted by exp(-distance^2 / 2 sigma^2), over the pixels that there are."""
-    x = torch.rand(40, 2, 5, 7, generator=gen())
-    blurred = gaussian_blur(x, gen(3), 0.5, 0.1, 2.0)
-    generator = gen(3)
-    sigmas, chances = torch.rand(40, generator=generator).double() * 1.9 + 0.1, torch.rand(40, generator=generator)
-    kept = 0
-    for image, out, sigma, chance in zip(x.double(), blurred, sigmas.tolist(), chances.tolist(), strict=True):
-        if chance >= 0.5:
-            kept += 1
-            assert torch.equal(out, image.float())
-            continue
-        for row, column in ((0, 0), (2, 3), (4, 5)):
-            weights = {
-                (r, c): math.exp(-((r - row) ** 2 + (c - column) ** 2) / (2 * sigma**2))
-                for r in range(5)
-                for c in range(7)
-            }
-            total = sum(weights.values())
-            for channel in range(2):
-                wanted = sum(w * image[channel, r, c].item() for (r, c), w in weights.items()) / total
-                assert out[channel, row, column].item() == pytest.approx(wanted, abs=1e-6)
-    assert 8 < kept < 32
-
-
-def test_a_view_is_mocos(monkeypatch):
-    """Crop and flip, jitter (0.4, 0.4, 0.4, 0.1) of four in five, grey one in five, blur of one in two on demand."""
-    asked = []
-    monkeypatch.setattr(common.pretrain, "resized_crop", lambda x, *args: asked.append(("crop", *args[1:])) or x)
-    monkeypatch.setattr(common.pretrain, "colour_jitter", lambda x, _, **args: asked.append(args) or x)
-    x = torch.rand(4000, 3, 2, 2, generator=gen())
-    view = moco_view(x, gen(1), (0.3, 1.0), True, False)
-    assert asked == [
-        ("crop", (0.3, 1.0), True),
-        dict(p=0.8, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1),
-    ]
-    grey = (view == view[:, :1]).all(1).all(1).all(1)
-    assert torch.equal(view[~grey], x[~grey])
-    luma = 0.299 * x[:, 0] + 0.587 * x[:, 1] + 0.114 * x[:, 2]
-    torch.testing.assert_close(view[grey, 0], luma[grey])
-    assert grey.float().mean() == pytest.approx(0.2, abs=5 * math.sqrt(0.16 / 4000))
-    blurred = (moco_view(x, gen(1), (0.3, 1.0), True, True) != view).flatten(1).any(1)
-    assert 0.4 < blurred.float().mean() < 0.5  # a sigma below 0.2 px changes nothing
-    one = x[:, :1].contiguous()
-    assert torch.equal(moco_view(one, gen(1), (0.3, 1.0), True, False), one)
-
-
 def test_views_of_supervised_training(digits):
     x = digits.x_train[:50] / 255
     for flip in (True, False):
@@ -286,69 +181,14 @@ def test_views_of_supervised_training(digits):
 # ----------------------------------------------------------------------------------------------- whole steps, naively
 
 
-def spy(monkeypatch):
-    """What `optimise` trains: {"before": {name: state dict}, "modules", "rates"}, filled by the next training."""
-    seen, whole = {"rates": []}, common.pretrain.optimise
-
-    def optimise(checkpoint, modules, method, *rest, **options):
-        clone = lambda module: {key: value.clone() for key, value in module.state_dict().items()}  # noqa: E731
-        seen.update(before={name: clone(module) for name, module in modules.items()}, modules=modules)
-        after = method.before_update
-        method.before_update = lambda rate: seen["rates"].append(rate) or after(rate)
-        return whole(checkpoint, modules, method, *rest, **options)
-
-    monkeypatch.setattr(common.pretrain, "optimise", optimise)
-    return seen
-
-
-def record(monkeypatch, name):
-    """The results of every call of common.pretrain's function, as they come."""
-    results, whole = [], getattr(common.pretrain, name)
-    monkeypatch.setattr(common.pretrain, name, lambda *args: results.append(whole(*args)) or results[-1])
-    return results
-
-
-class Sgd:
-    """v = momentum v + g + decay p; p -= lr v."""
-
-    def __init__(self, params, momentum, decay):
-        self.params, self.momentum, self.decay = list(params), momentum, decay
-        self.v = [torch.zeros_like(p) for p in self.params]
-
-    def step(self, loss, lr):
-        grads = torch.autograd.grad(loss, self.params)
-        with torch.no_grad():
-            for p, v, g in zip(self.params, self.v, grads, strict=True):
-                v.mul_(self.momentum).add_(g + self.decay * p)
-                p.sub_(lr * v)
-
-
-def linear(state, prefix=""):
-    layer = nn.Linear(*state[f"{prefix}weight"].shape[::-1]).double()
-    layer.load_state_dict({key: state[f"{prefix}{key}"] for key in ("weight", "bias")})
-    return layer
-
-
-def check_net(state, naive):
-    """A trained network's parameters and running statistics against the naive float64 network's."""
-    for name, module in naive.named_modules():
-        if isinstance(module, NaiveSplit):
-            pairs = [("weight", module.weight), ("bias", module.bias), ("running_mean", module.mean),
-                     ("running_var", module.var)]  # fmt: skip
-        elif isinstance(module, nn.Conv2d):
-            pairs = [("weight", module.weight)]
-        else:
-            continue
-        for key, wanted in pairs:
-            assert close(state[f"{name}.{key}"], wanted.detach()), (name, key)
-
-
 @pytest.mark.parametrize("mlp", [False, True])
 def test_moco_is_the_naive_loop(few, monkeypatch, tmp_path, mlp):
     """Four steps in float64 from the same start and views: both encoders, their statistics and the queue."""
-    seen, views = spy(monkeypatch), record(monkeypatch, "moco_view")
+    seen, views = spy(monkeypatch), record(monkeypatch, common.moco, "ssl_view")
     settings = dict(MOCO, epochs=2, temperature=0.2, key_momentum=0.7, momentum=0.8, weight_decay=0.01, mlp=mlp)
-    teacher = train_moco(few, tmp_path, CPU, **settings)
+    settings["blur"] = not mlp
+    view = partial(ssl_view, jitter=(0.4, 0.4, 0.4, 0.1), blur=0.0 if mlp else 0.5)
+    teacher = train_moco2(few, tmp_path, CPU, **settings)
     before, after = seen["before"], {name: module.state_dict() for name, module in seen["modules"].items()}
     assert same(before["key_net"], before["net"]) and same(before["key_head"], before["head"])
 
@@ -370,8 +210,8 @@ def test_moco_is_the_naive_loop(few, monkeypatch, tmp_path, mlp):
         index = torch.randperm(70, generator=rng("teacher order", 0, epoch))[32 * i : 32 * (i + 1)]
         x_q, x_k = views[2 * step : 2 * step + 2]
         generator = rng("teacher views", 0, epoch, i)  # one for both, which therefore differ
-        assert torch.equal(x_q, moco_view(few.x_train[index] / 255, generator, (0.4, 1.0), False, False))
-        assert torch.equal(x_k, moco_view(few.x_train[index] / 255, generator, (0.4, 1.0), False, False))
+        assert torch.equal(x_q, view(few.x_train[index] / 255, generator, (0.4, 1.0), False))
+        assert torch.equal(x_k, view(few.x_train[index] / 255, generator, (0.4, 1.0), False))
         q = embed(fast, heads[0], x_q)
         with torch.no_grad():
             for p_k, p_q in zip(k_params, q_params, strict=True):
@@ -396,7 +236,7 @@ def test_moco_is_the_naive_loop(few, monkeypatch, tmp_path, mlp):
 @pytest.mark.parametrize(("crop", "warmup"), [("pad", 0), ("resized", 1)])
 def test_supervised_training_is_the_naive_loop(few, monkeypatch, tmp_path, crop, warmup):
     """Six steps in float64 from the same start and views; the rates step by step, the accuracy at the end."""
-    seen, views = spy(monkeypatch), record(monkeypatch, "augmented")
+    seen, views = spy(monkeypatch), record(monkeypatch, common.pretrain, "augmented")
     asked, whole = [], common.pretrain.augmented
     monkeypatch.setattr(common.pretrain, "augmented", lambda *args: asked.append(args[2:]) or whole(*args))
     settings = SUPERVISED | dict(momentum=0.8, weight_decay=0.01, warmup=warmup, crop=crop, crop_min=0.3)
@@ -430,15 +270,8 @@ def test_supervised_training_is_the_naive_loop(few, monkeypatch, tmp_path, crop,
 # ---------------------------------------------------------------------------------------------------- squeezing digits
 
 
-def one_label(features, data, draws=20):
-    """Accuracy of the nearest of ten labelled images, one of each class, in `draws` paired draws: (draws,)."""
-    f_train, f_test = features(data.x_train), features(data.x_test)
-    drawn = [per_class(data.y_train, 1, "one label", draw) for draw in range(draws)]
-    return torch.tensor([knn_accuracy(f_train[i], data.y_train[i], f_test, data.y_test, k=1) for i in drawn])
-
-
 MOCO_SMALL = dict(epochs=8, batch=64, lr=0.2, queue=256, splits=2, key_momentum=0.9, crop_min=0.4)
-SMALL = {"moco": (train_moco, MOCO_SMALL), "supervised": (train_supervised, dict(epochs=8, batch=64))}
+SMALL = {"moco2": (train_moco2, MOCO_SMALL), "supervised": (train_supervised, dict(epochs=8, batch=64))}
 
 
 @both
@@ -455,7 +288,7 @@ def test_squeezes_of_digits_tell_classes_apart_by_one_label(digits, monkeypatch,
         patch.setattr(common.pretrain.F, "cross_entropy", record_loss)
         teacher = trainer(digits, tmp_path, CPU, arch="resnet10", width=8, **settings)
     per_epoch = torch.stack(losses).detach().view(settings["epochs"], 1437 // 64).mean(1)
-    assert per_epoch[-1] < {"moco": 0.9, "supervised": 0.5}[kind] * per_epoch[1]  # the first fills MoCo's queue
+    assert per_epoch[-1] < {"moco2": 0.9, "supervised": 0.5}[kind] * per_epoch[1]  # the first fills MoCo's queue
     start = dataclasses.replace(teacher, net=ResNet("resnet10", 1, 8, "cifar", 1).eval())
     start.net.load_state_dict(seen["before"]["net"])
     after, before = (one_label(lambda x, of=of: of.targets(x, CPU), digits) for of in (teacher, start))
@@ -468,66 +301,20 @@ def test_squeezes_of_digits_tell_classes_apart_by_one_label(digits, monkeypatch,
 # ----------------------------------------------------------------------------------------------------- stopping, caches
 
 
-@pytest.fixture
-def handlers():
-    """Puts back what catch_signals replaces."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    catch_signals()
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
-def signal_at(patch, number, at):
-    """The process gets the signal in the `at`-th call of cross_entropy from now (1: the next); counts the calls."""
-    calls, whole = [], nn.functional.cross_entropy
-
-    def cross_entropy(*args, **options):
-        calls.append(1)
-        if len(calls) == at:
-            os.kill(os.getpid(), number)
-        return whole(*args, **options)
-
-    catch_signals()
-    patch.setattr(common.pretrain.F, "cross_entropy", cross_entropy)
-    return calls
-
-
-def stops(monkeypatch, train, folder):
-    """train() ended by signals after 1, 2, 3 and 5 of its six steps, and one in the last; returns its result."""
-    done = []
-    for number, at in ((signal.SIGTERM, 1), (signal.SIGINT, 1), (signal.SIGTERM, 1), (signal.SIGINT, 2)):
-        with monkeypatch.context() as patch:
-            signal_at(patch, number, at)
-            with pytest.raises(Stopped):
-                train()
-        (path,) = (*folder.rglob("checkpoint.pt"), *folder.rglob("probe-*.pt"))
-        done.append(common.run.load_checkpoint(path)["step"])
-        torch.rand(5)  # the global generator is elsewhere by now
-    assert done == [1, 2, 3, 5] and not list(folder.rglob("*.safetensors"))
-    with monkeypatch.context() as patch:
-        calls = signal_at(patch, signal.SIGTERM, 1)
-        with pytest.raises(Stopped):
-            train()
-        assert len(calls) == 1 and not path.exists()  # it is finished
-    catch_signals()
-    return train()
-
-
 @both
 def test_a_stopped_squeeze_goes_on_bit_for_bit(few, made, monkeypatch, tmp_path, handlers, kind):
     trainer, settings = TRAINERS[kind]
     teacher = stops(monkeypatch, lambda: trainer(few, tmp_path, CPU, **settings), tmp_path)
     assert same(teacher.net, made[kind].net) and teacher.info | {"seconds": 0} == made[kind].info | {"seconds": 0}
-    assert kind == "moco" or same(teacher.fc, made[kind].fc)
+    assert kind == "moco2" or same(teacher.fc, made[kind].fc)
 
 
 def test_a_checkpoint_holds_all_that_moco_needs(few, monkeypatch, tmp_path, handlers):
     seen = spy(monkeypatch)
     with monkeypatch.context() as patch:
-        signal_at(patch, signal.SIGTERM, 2)
+        signal_at(patch, nn.functional, "cross_entropy", signal.SIGTERM, 2)
         with pytest.raises(Stopped):
-            train_moco(few, tmp_path, CPU, **MOCO)
+            train_moco2(few, tmp_path, CPU, **MOCO)
     (path,) = tmp_path.rglob("checkpoint.pt")
     state = common.run.load_checkpoint(path)
     for name in ("net", "head", "key_net", "key_head", "queue"):
@@ -536,7 +323,7 @@ def test_a_checkpoint_holds_all_that_moco_needs(few, monkeypatch, tmp_path, hand
     catch_signals()
     del state["queue"]
     torch.save(state, path)
-    refuse(lambda: train_moco(few, tmp_path, CPU, **MOCO), str(path), "'queue'", "delete it to train the teacher anew")
+    refuse(lambda: train_moco2(few, tmp_path, CPU, **MOCO), str(path), "'queue'", "delete it to train the teacher anew")
 
 
 @both
@@ -559,13 +346,13 @@ def test_every_setting_makes_another_teacher(few, made, monkeypatch, tmp_path, k
     monkeypatch.setattr(common.pretrain, "optimise", forbid)
     trainer, settings = TRAINERS[kind]
     names = set()
-    for key, value in (CHANGES | (OF_MOCO if kind == "moco" else OF_SUPERVISED)).items():
+    for key, value in (CHANGES | (OF_MOCO if kind == "moco2" else OF_SUPERVISED)).items():
         with pytest.raises(AssertionError, match="must not be called"):
             trainer(few, tmp_path / key, CPU, **settings | {key: value})
         (folder,) = (tmp_path / key).iterdir()
         names.add(folder.name.rsplit("-", 1)[1])
         assert made[kind].info[key] == settings.get(key, made[kind].info[key]) != value, key
-    assert len(names) == len(CHANGES) + len(OF_MOCO if kind == "moco" else OF_SUPERVISED)
+    assert len(names) == len(CHANGES) + len(OF_MOCO if kind == "moco2" else OF_SUPERVISED)
     assert made[kind].folder.name.rsplit("-", 1)[1] not in names
 
 
@@ -573,11 +360,11 @@ def test_the_defaults_are_the_specifications(few, monkeypatch, tmp_path):
     infos = []
     monkeypatch.setattr(common.pretrain, "train", lambda info, *_, **__: infos.append(info))
     many = dataclasses.replace(few, x_train=few.x_train[:1].expand(5000, -1, -1, -1))
-    train_moco(many, tmp_path, CPU)
+    train_moco2(many, tmp_path, CPU)
     train_supervised(many, tmp_path, CPU)
     moco = dict(arch="resnet18", width=64, stem="cifar", stem_padding=1, epochs=200, batch=512, lr=0.06, momentum=0.9,
                 weight_decay=5e-4, queue=4096, temperature=0.1, key_momentum=0.99, dim=128, mlp=False, splits=8,
-                crop_min=0.08, blur=False, seed=0, precision="fp32", method="moco")  # fmt: skip
+                crop_min=0.08, blur=False, seed=0, precision="fp32", method="moco2")  # fmt: skip
     supervised = dict(arch="resnet18", width=64, stem="cifar", stem_padding=1, epochs=200, batch=128, lr=0.1,
                       momentum=0.9, weight_decay=5e-4, warmup=0, crop="pad", seed=0, precision="fp32", classes=10,
                       method="supervised")  # fmt: skip
@@ -595,7 +382,7 @@ def test_the_defaults_are_the_specifications(few, monkeypatch, tmp_path):
 def test_moco_fits_itself_to_few_images(few, tmp_path, images, settings, recorded):
     """(batch, splits, queue) as they were used: two images a part at least, no more keys than an epoch gives."""
     data = dataclasses.replace(few, x_train=few.x_train[:images], y_train=few.y_train[:images])
-    info = train_moco(data, tmp_path, CPU, **MOCO | settings | dict(epochs=1)).info
+    info = train_moco2(data, tmp_path, CPU, **MOCO | settings | dict(epochs=1)).info
     assert (info["batch"], info["splits"], info["queue"]) == recorded
 
 
@@ -607,7 +394,7 @@ def test_bf16_and_colour(tmp_path):
         "made", x, torch.arange(16) % 2, x[:4], torch.arange(4) % 2, ["a", "b"], mean, std, "none", "c" * 64, True
     )
     settings = NET | dict(epochs=2, batch=8, precision="bf16")
-    nets = [train_moco(data, tmp_path, CPU, **settings, mlp=True, blur=True, dim=4).net]
+    nets = [train_moco2(data, tmp_path, CPU, **settings, mlp=True, blur=True, dim=4).net]
     nets.append(train_supervised(data, tmp_path, CPU, **settings, crop="resized").net)
     for net in nets:
         assert net.bn1.running_mean.abs().max() > 0 and net.bn1.weight.unique().numel() > 1
@@ -626,13 +413,13 @@ def test_one_image_is_refused(few, tmp_path, kind):
 def test_labels_and_crops_are_checked(few, made, tmp_path):
     bare = dataclasses.replace(few, y_train=None, y_test=None)
     refuse(lambda: train_supervised(bare, tmp_path, CPU), "digits has no labels", "subfolder a class")
-    refuse(lambda: train_probe(made["moco"], bare, CPU, tmp_path), "digits has no labels", "subfolder a class")
+    refuse(lambda: train_probe(made["moco2"], bare, CPU, tmp_path), "digits has no labels", "subfolder a class")
     refuse(lambda: train_supervised(few, tmp_path, CPU, crop="centre"), "'centre'", "pad, resized")
     assert not list(tmp_path.iterdir())
-    assert train_moco(bare, tmp_path, CPU, **MOCO | dict(epochs=1)).info["knn"] == {}  # needs none
+    assert train_moco2(bare, tmp_path, CPU, **MOCO | dict(epochs=1)).info["knn"] == {}  # needs none
 
 
-@pytest.mark.parametrize(("kind", "flag"), [("moco", "--teacher-lr"), ("supervised", "--label-lr")])
+@pytest.mark.parametrize(("kind", "flag"), [("moco2", "--teacher-lr"), ("supervised", "--label-lr")])
 def test_a_squeeze_that_diverges_is_not_saved(few, monkeypatch, tmp_path, kind, flag):
     whole = nn.functional.cross_entropy
     monkeypatch.setattr(
@@ -645,13 +432,13 @@ def test_a_squeeze_that_diverges_is_not_saved(few, monkeypatch, tmp_path, kind, 
 
 
 @pytest.mark.parametrize(
-    ("kind", "flag"), [("moco", "--teacher-batch"), ("supervised", "--label-batch"), ("barlow", "--teacher-projector")]
+    ("kind", "flag"), [("moco2", "--teacher-batch"), ("supervised", "--label-batch"), ("barlow", "--teacher-projector")]
 )
 def test_too_little_memory_is_named_by_the_flag(few, monkeypatch, tmp_path, kind, flag):
     """The images, of 10^6 bytes each, or the weights, whichever takes more."""
     monkeypatch.setattr(common.run, "available_memory", lambda device: 1000)
     monkeypatch.setattr(common.pretrain, "bytes_per_image", lambda net, x: 10**6 if kind != "barlow" else 1)
-    trainer, settings = (TRAINERS | {"barlow": (train_teacher, NET)})[kind]
+    trainer, settings = (TRAINERS | {"barlow": (train_barlow, NET)})[kind]
     refuse(lambda: trainer(few, tmp_path, CPU, **settings), f"set by {flag}: lower it")
     assert not list(tmp_path.iterdir())
 
@@ -663,7 +450,7 @@ def test_the_folders_of_barlow_twins_keep_their_names(monkeypatch, tmp_path):
     data = Data("made", x, None, x[:4], None, [], mean, std, "none", "c" * 64, True)
     monkeypatch.setattr(common.pretrain, "optimise", forbid)
     with pytest.raises(AssertionError):
-        train_teacher(data, tmp_path, CPU, arch="resnet10", width=4, projector_width=16)
+        train_barlow(data, tmp_path, CPU, arch="resnet10", width=4, projector_width=16)
     (folder,) = tmp_path.iterdir()
     assert folder.name == "made-barlow-resnet10x4-1000ep-s0-f288ee10"
 
@@ -689,10 +476,10 @@ def test_the_probes_rate_falls_at_60_and_80_per_cent():
 @pytest.mark.parametrize("scaled", [True, False])
 def test_a_probe_is_the_naive_loop(few, made, monkeypatch, tmp_path, augment, scaled):
     """Six steps in float64: of the augmented views' features, or of the plain ones'; the teacher stays as it is."""
-    teacher, views = made["moco"], record(monkeypatch, "augmented")
+    teacher, views = made["moco2"], record(monkeypatch, common.pretrain, "augmented")
     before = {key: value.clone() for key, value in teacher.net.state_dict().items()}
     seen = spy(monkeypatch)
-    fc = train_probe(teacher, few, CPU, tmp_path, **PROBE, momentum=0.8, augment=augment, normalise=scaled)
+    fc, accuracy = train_probe(teacher, few, CPU, tmp_path, **PROBE, momentum=0.8, augment=augment, normalise=scaled)
     assert same(teacher.net, before) and not teacher.net.training
     weight, bias = seen["before"]["fc"]["weight"].double(), seen["before"]["fc"]["bias"].double()
     assert weight.std() == pytest.approx(0.01, rel=0.2) and not bias.any() and weight.shape == (10, 32)
@@ -718,22 +505,24 @@ def test_a_probe_is_the_naive_loop(few, made, monkeypatch, tmp_path, augment, sc
     (path,) = tmp_path.iterdir()
     info = info_of(path)
     right = fc(teacher.targets(few.x_test, CPU)).argmax(1) == few.y_test
-    assert info["accuracy"] == round(right.float().mean().item(), 4) and info["length"] == pytest.approx(length)
+    assert info["accuracy"] == accuracy == round(right.float().mean().item(), 4) and info["length"] == pytest.approx(
+        length
+    )
     assert not any(p.requires_grad for p in fc.parameters()) and len(views) == (6 if augment else 0)
 
 
 def test_the_probe_sees_crops_and_flips(few, made, monkeypatch, tmp_path):
     asked, whole = [], common.pretrain.augmented
     monkeypatch.setattr(common.pretrain, "augmented", lambda x, g, *args: asked.append(args) or whole(x, g, *args))
-    train_probe(made["moco"], dataclasses.replace(few, flip=True), CPU, tmp_path, **PROBE | dict(epochs=1))
+    train_probe(made["moco2"], dataclasses.replace(few, flip=True), CPU, tmp_path, **PROBE | dict(epochs=1))
     assert asked == [("resized", 0.08, True)] * 2
 
 
 def test_a_probe_that_changes_its_teacher_is_a_bug(few, made, monkeypatch, tmp_path):
     """A last bit of one running statistic is enough."""
     net = ResNet("resnet10", 1, 4, "cifar", 1)
-    net.load_state_dict(made["moco"].net.state_dict())
-    teacher, whole = dataclasses.replace(made["moco"], net=net), Teacher.features
+    net.load_state_dict(made["moco2"].net.state_dict())
+    teacher, whole = dataclasses.replace(made["moco2"], net=net), Teacher.features
 
     def touch(self, x, device):
         value = net.layer3[0].bn1.running_var
@@ -748,11 +537,11 @@ def test_a_probe_that_changes_its_teacher_is_a_bug(few, made, monkeypatch, tmp_p
 
 def test_the_normalised_probe_is_the_same_for_a_scaled_backbone(few, made, tmp_path):
     """Features four times as long: the same logits, for a power of two up to the last bit of the weights."""
-    long = nn.Sequential(made["moco"].net, Scale())
-    scaled = dataclasses.replace(made["moco"], net=long, name="long")
-    fc, other = (
+    long = nn.Sequential(made["moco2"].net, Scale())
+    scaled = dataclasses.replace(made["moco2"], net=long, name="long")
+    (fc, _), (other, _) = (
         train_probe(teacher, few, CPU, tmp_path, **PROBE, augment=False, normalise=True)
-        for teacher in (made["moco"], scaled)
+        for teacher in (made["moco2"], scaled)
     )
     torch.testing.assert_close(4 * other.weight, fc.weight)
     assert len(list(tmp_path.glob("probe-*"))) == 2
@@ -765,33 +554,34 @@ class Scale(nn.Module):
 
 @pytest.mark.parametrize("augment", [True, False])
 def test_a_stopped_probe_goes_on_bit_for_bit(few, made, monkeypatch, tmp_path, handlers, augment):
-    train = lambda folder: train_probe(made["moco"], few, CPU, folder, **PROBE, augment=augment)  # noqa: E731
+    train = lambda folder: train_probe(made["moco2"], few, CPU, folder, **PROBE, augment=augment)  # noqa: E731
     (tmp_path / "a").mkdir()
-    fc = stops(monkeypatch, lambda: train(tmp_path / "a"), tmp_path / "a")
-    assert same(fc, train(tmp_path / "b"))
+    fc, accuracy = stops(monkeypatch, lambda: train(tmp_path / "a"), tmp_path / "a")
+    other, expected = train(tmp_path / "b")
+    assert same(fc, other) and accuracy == expected
     (a,), (b,) = ((tmp_path / part).iterdir() for part in "ab")
     assert a.name == b.name and info_of(a) | {"seconds": 0} == info_of(b) | {"seconds": 0}
 
 
 def test_a_probe_is_trained_once(few, made, monkeypatch, tmp_path, capsys):
-    fc = train_probe(made["moco"], few, CPU, tmp_path, **PROBE)
+    fc, accuracy = train_probe(made["moco2"], few, CPU, tmp_path, **PROBE)
     (path,) = tmp_path.iterdir()
     words = f"test accuracy {info_of(path)['accuracy']:.1%}"
     assert words in capsys.readouterr().out
     monkeypatch.setattr(common.pretrain, "optimise", forbid)
-    again = train_probe(made["moco"], few, CPU, tmp_path, **PROBE, save_minutes=1.0)
-    assert same(again, fc) and not again.weight.requires_grad
+    again, read = train_probe(made["moco2"], few, CPU, tmp_path, **PROBE, save_minutes=1.0)
+    assert same(again, fc) and read == accuracy == info_of(path)["accuracy"] and not again.weight.requires_grad
     assert words in capsys.readouterr().out
     moved = ResNet("resnet10", 1, 4, "cifar", 1).eval()
-    moved.load_state_dict(made["moco"].net.state_dict())
+    moved.load_state_dict(made["moco2"].net.state_dict())
     moved.layer1[0].bn1.running_mean[0] += 1
-    others = [dataclasses.replace(made["moco"], net=moved), dataclasses.replace(made["moco"], std=few.std * 2),
-              dataclasses.replace(made["moco"], info={"stem_padding": 2})]  # fmt: skip
+    others = [dataclasses.replace(made["moco2"], net=moved), dataclasses.replace(made["moco2"], std=few.std * 2),
+              dataclasses.replace(made["moco2"], info={"stem_padding": 2})]  # fmt: skip
     changes = [dict(epochs=4), dict(batch=16), dict(lr=1.0), dict(momentum=0.5), dict(augment=False),
                dict(normalise=True), dict(seed=1), dict(precision="bf16")]  # fmt: skip
-    calls = [(other, few, PROBE) for other in others] + [(made["moco"], few, PROBE | change) for change in changes]
+    calls = [(other, few, PROBE) for other in others] + [(made["moco2"], few, PROBE | change) for change in changes]
     calls += [
-        (made["moco"], dataclasses.replace(few, **change), PROBE) for change in (dict(flip=True), dict(content="e"))
+        (made["moco2"], dataclasses.replace(few, **change), PROBE) for change in (dict(flip=True), dict(content="e"))
     ]
     for teacher, data, settings in calls:
         with pytest.raises(AssertionError, match="must not be called"):
@@ -799,13 +589,13 @@ def test_a_probe_is_trained_once(few, made, monkeypatch, tmp_path, capsys):
 
 
 def test_a_damaged_probe_is_named(few, made, tmp_path):
-    train_probe(made["moco"], few, CPU, tmp_path, **PROBE)
+    train_probe(made["moco2"], few, CPU, tmp_path, **PROBE)
     (path,) = tmp_path.iterdir()
     whole, weights, info = path.read_bytes(), load_file(path), info_of(path)
 
     def check():
         words = str(path), "not a readable probe", "delete it"
-        refuse(lambda: train_probe(made["moco"], few, CPU, tmp_path, **PROBE), *words)
+        refuse(lambda: train_probe(made["moco2"], few, CPU, tmp_path, **PROBE), *words)
 
     for damaged in (b"", b"<html>", whole[: len(whole) // 2]):
         path.write_bytes(damaged)
@@ -821,7 +611,7 @@ def test_a_damaged_probe_is_named(few, made, tmp_path):
 def test_a_probe_that_diverges_is_not_saved(few, made, monkeypatch, tmp_path):
     whole = nn.functional.cross_entropy
     monkeypatch.setattr(common.pretrain.F, "cross_entropy", lambda *args: whole(*args) * torch.inf)
-    refuse(lambda: train_probe(made["moco"], few, CPU, tmp_path, **PROBE), "probe: epoch 1, step 2", "--probe-lr")
+    refuse(lambda: train_probe(made["moco2"], few, CPU, tmp_path, **PROBE), "probe: epoch 1, step 2", "--probe-lr")
     assert not list(tmp_path.iterdir())
 
 
@@ -846,7 +636,7 @@ def test_a_supervised_teacher_comes_back_with_its_classifier(few, made):
     assert torch.equal(weights["fc.weight"], teacher.fc.weight) and torch.equal(weights["fc.bias"], teacher.fc.bias)
     joined = hashlib.sha256(b"".join(weights[key].numpy().tobytes() for key in sorted(weights))).hexdigest()
     assert digest_of(weights) == joined
-    assert load_teacher(str(made["moco"].folder), few, CPU).fc is None
+    assert load_teacher(str(made["moco2"].folder), few, CPU).fc is None
 
 
 def test_classifier_is_the_network_then_its_layer(few, made):
@@ -861,7 +651,9 @@ def test_classifier_is_the_network_then_its_layer(few, made):
 
 def test_files_without_the_right_classifier_are_refused(few, made, tmp_path):
     load = lambda data, folder: load_classifier(str(folder), data, CPU)  # noqa: E731
-    refuse(lambda: load(few, made["moco"].folder), "--label-teacher", str(made["moco"].folder), "no linear classifier")
+    refuse(
+        lambda: load(few, made["moco2"].folder), "--label-teacher", str(made["moco2"].folder), "no linear classifier"
+    )
     three = dataclasses.replace(few, class_names=["a", "b", "c"])
     folder = made["supervised"].folder
     refuse(lambda: load(three, folder), "--label-teacher", "10 classes, the data has 3")

@@ -119,7 +119,9 @@ def main() -> None:
     import signal
 
     import common.applications
+    import common.barlow
     import common.evaluate
+    import common.moco
     import common.pretrain
     import common.relabel
     import common.run
@@ -154,8 +156,8 @@ def main() -> None:
 
         setattr(module, name, wrapped)
 
-    watch(common.pretrain, "two_views", "teacher")
-    watch(common.pretrain, "info_nce", "teacher")
+    watch(common.barlow, "two_views", "teacher")
+    watch(common.moco, "info_nce", "teacher")
     watch(common.pretrain, "augmented", "label")
     watch(common.pretrain, "probe_lr", "probe")
     watch(common.evaluate, "score_network", "score")
