@@ -67,6 +67,8 @@ from common.run import (
 from common.students import per_class
 from common.teacher import Teacher, classifier, freeze, load_classifier, load_teacher
 
+SqueezeMethod = Literal["barlow", "moco2", "moco3", "swav", "dino", "supervised"]
+
 
 @dataclass
 class Args:
@@ -165,7 +167,7 @@ class Args:
     teacher: str | None = None
     """train (by --teacher-method on --data, cached), a file (this project's, a published ResNet's), torchvision:NAME or
     timm:NAME; None: from the preset"""
-    teacher_method: Literal["barlow", "moco2", "moco3", "swav", "dino", "supervised"] = "moco2"
+    teacher_method: SqueezeMethod = "moco2"
     """how the network that images are recovered from is trained: Barlow Twins, MoCo v2 or v3, SwAV, DINO; supervised:
     the labelling teacher is taken, which is SRe2L"""
     teacher_arch: Literal["resnet10", "resnet18", "resnet50"] | None = None
@@ -296,7 +298,7 @@ class Args:
     """distil nothing: train networks by several methods and of several widths, compare their BatchNorm statistics, what
     a linear probe makes of them and what they cost; plots and JSON in the run folder. A flag --teacher-* is for all
     methods that have it"""
-    analyse_methods: tuple[Literal["barlow", "moco2", "moco3", "swav", "dino", "supervised"], ...] | None = None
+    analyse_methods: tuple[SqueezeMethod, ...] | None = None
     """methods as in --teacher-method, supervised by the flags --label-*; None: supervised and moco2"""
     analyse_widths: tuple[int, ...] | None = None
     """channels of the first stage; None: --teacher-width and half of it"""

@@ -572,9 +572,8 @@ def plot_entropy(path: Path, result: dict) -> None:
                 colour = styles[own[-1]["name"]]["color"]
                 panel.plot([model["size"] for model in own], y, "o-", lw=1.2, ms=4, color=colour, label=family)
             words = {"mu": ("$\\mu$", "$\\mu/\\sigma$"), "var": ("$\\sigma^2$", "$\\sigma^2/$mean")}[of]
-            panel.set_title(
-                f"{ESTIMATOR_WORDS[estimator]}, {words[KINDS.index(kind)]} ({kind.replace('_', '-')})", fontsize=10
-            )
+            words = f"{words[KINDS.index(kind)]} ({kind.replace('_', '-')})"
+            panel.set_title(f"{ESTIMATOR_WORDS[estimator]}, {words}", fontsize=9)
             panel.set_xticks(sizes, [f"{size:g}" for size in sizes])
     for panel in panels[-1]:
         panel.set_xlabel("size of the model")

@@ -350,7 +350,7 @@ def embedding_std(z: Tensor) -> float:
     """Of embeddings (B, d) scaled to unit length: the root of their variances' sum over d. 0: all point the same way,
     1: everywhere alike (as Chen and He 2021, arXiv:2011.10566, but for their factor 1/sqrt(d))."""
     mean = F.normalize(z.detach().float(), dim=1).mean(0)
-    return math.sqrt(max(0.0, 1 - float(mean.square().sum())))
+    return math.sqrt(max(1 - float(mean.square().sum()), 0.0))  # NaN stays NaN
 
 
 @torch.no_grad()

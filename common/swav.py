@@ -34,12 +34,13 @@ SMALLEST = 0.05 / 0.14  # area of the smallest small view, in that of the smalle
 @torch.no_grad()
 def sinkhorn(scores: Tensor, epsilon: float, iterations: int = 3) -> Tensor:
     """Codes (B, K) of scores (B, K): exp(scores / epsilon) with columns and rows scaled in turn, so that all prototypes
-    get the same share of the batch, and last each row sums to 1 (paper, section 3.1)."""
-    codes = ((scores - scores.max()) / epsilon).exp()
+    get the same share of the batch, and last each row sums to 1 (paper, section 3.1). In logarithms: nothing underflows.
+    """
+    log_codes = scores / epsilon
     for _ in range(iterations):
-        codes = codes / codes.sum(0).clamp(min=torch.finfo(codes.dtype).tiny) / codes.shape[1]
-        codes = codes / codes.sum(1, keepdim=True) / len(codes)
-    return codes * len(codes)
+        log_codes = log_codes.log_softmax(0)  # to one for each prototype; the rows' scaling makes it B / K
+        log_codes = log_codes.log_softmax(1)
+    return log_codes.exp()
 
 
 def swapped_loss(scores: list[Tensor], codes: list[Tensor], temperature: float) -> Tensor:

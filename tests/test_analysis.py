@@ -573,7 +573,9 @@ def test_analyse_gives_what_the_loops_give(three):
         assert found["signal"]["gradient_total"] == near(total)
 
 
-def test_analyse_shows_that_scale_is_no_information(tmp_path):
+def test_analyse_shows_that_scale_is_no_information(tmp_path, monkeypatch):
+    for name in ("channels", "depth", "entropy", "signal"):  # half of the time, and seen to below
+        monkeypatch.setattr(f"common.analysis.plot_{name}", lambda *args: None)
     models, images, result = run_three(tmp_path)
     for model, found in zip(models, result["models"], strict=True):
         norms = len(norms_of(model.net))

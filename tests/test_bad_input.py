@@ -73,8 +73,8 @@ SCRIPTS = {
         labelled=False,
         teacher=True,
         out_of_range=dict(
-            eval_epochs=(0, "at least 1"), teacher_lr=(-1.0, "at least 0"), eval_finetune_steps=(-1, "at least 0"),
-            stem_padding=(-5, "at least 0"), teacher_crop_min=(1.5, "in 0 .. 1"),
+            eval_epochs=(0, "at least 1"), teacher_lr=(-1.0, "in 0 .. 1e+06"), eval_finetune_steps=(-1, "at least 0"),
+            stem_padding=(-5, "at least 0"), teacher_crop_min=(1.5, "in 0.0001 .. 1"),
         ),
         cached=dict(outer_aug="crop_flip"),  # the targets of all variants: digits have 9 each
         sizes="n_s 5, d 16",
@@ -109,7 +109,7 @@ SCRIPTS = {
         folder=dict(
             teacher_arch="resnet10", label_arch="resnet10", eval_arch="resnet10", teacher_batch=8, probe_augment="False"
         ),
-        kind="-moco-",
+        kind="-moco2-",
         curve=False,
         huge=(dict(teacher_width=2**17), "--teacher-width"),
         big=dict(teacher_width=64, recover_batch=1000),

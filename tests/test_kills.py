@@ -25,17 +25,18 @@ STUDENTS = [  # the chains of frepo and isa; later: flags of the resumed runs al
     dict(data="coloured", batch_real=3, ipc=3, later=dict(cache_gb=0.0)),
     dict(outer_opt="adam", learn_label=False, pool_ages="counter", norm="none", online_batch=4),
 ]
+CLUSTERS = dict(teacher_projector=8, teacher_dim=8, teacher_prototypes=16)
 CHAINS = {  # of runs that keep different things between steps
     "krr_st": [
         dict(),
         dict(outer_aug="crop_flip", batch_real=500, cache_gb=2e-4),
-        dict(chunk=2, precision="bf16", eval_every=7),
+        dict(chunk=2, precision="bf16", eval_every=7, teacher_method="dino", teacher_batch=128, **CLUSTERS),
         dict(holdout=0.2, eval_every=5, pool_opt="adamw", outer_opt="sgd", save_minutes=1e-3),
         dict(ridge_grad=True, ridge_precision="fp32", norm="instance", pool_reset="released", grad_clip=1e-3),
     ],
     "scdd": [
         dict(recover_batch=4, chunk=8),  # two blocks
-        dict(squeeze="barlow", recover_batch=4, chunk=4, probe_augment="True"),
+        dict(teacher_method="swav", recover_batch=4, chunk=4, probe_augment="True", **CLUSTERS),
         dict(init="real", segments=3, crop="True", curriculum=True, per_image=True, labels="stored", precision="bf16"),
         dict(data="coloured", ipc=3, recover_batch=4, save_jpeg=True, full_row=True, probe_epochs=12, label_batch=8),
         dict(holdout=0.2, save_minutes=1e-3, teacher_train_mode=True, published_metric=True, jitter=(0, 2)),

@@ -27,6 +27,7 @@ from common.artefact import load_distilled
 from common.augment import crop_flip
 from common.data import load
 from common.models import ResNet
+from common.recipes import SETTINGS
 from common.teacher import Teacher, freeze, load_own
 from krr_st import Args, Pool, batch_index, krr_st_loss, main, ridge_lam
 
@@ -472,7 +473,7 @@ def test_images_held_out_are_seen_by_nothing_but_the_curve(out_dir, monkeypatch)
     seen, trained = [], []
     evaluate, teacher = krr_st.evaluate_pairs, krr_st.train_teacher
     monkeypatch.setattr(krr_st, "evaluate_pairs", lambda *args: seen.append(args) or evaluate(*args))
-    monkeypatch.setattr(krr_st, "train_teacher", lambda data, *a, **k: trained.append(data) or teacher(data, *a, **k))
+    monkeypatch.setattr(krr_st, "train_teacher", lambda method, data, *a, **k: trained.append(data) or teacher(method, data, *a, **k))
     main(tiny(out_dir, holdout=0.25, eval_every=6, eval_runs=1))
     whole = load("digits", data_dir="data")
     curve, final = (args[1] for args in seen)
@@ -711,4 +712,5 @@ def test_args_document_themselves():
     for preset in krr_st.PRESETS.values():
         assert all(fields[name].default is None for name in preset)
     open_flags = {n for n, f in fields.items() if f.default is None} - {"size", "preset", "resume", "chunk"}
+    open_flags -= {f"teacher_{name}" for name in SETTINGS}  # of common/recipes.py
     assert all(set(preset) == open_flags for preset in krr_st.PRESETS.values())

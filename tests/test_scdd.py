@@ -34,6 +34,7 @@ from common.artefact import load_distilled
 from common.augment import counter_uniform
 from common.data import Data, Inputs, load, normalise
 from common.models import ResNet
+from common.recipes import LIMITS, RECIPES, SETTINGS
 from common.run import rng, seeded
 from common.teacher import Teacher, load_own
 
@@ -54,7 +55,11 @@ def unpredicted(monkeypatch):
 
 
 def tiny(out_dir, **changes):
-    return scdd.Args(**TINY | {"out_dir": str(out_dir)} | changes)
+    method = changes.get("teacher_method", "moco2")
+    own = {key: value for key, value in TINY.items() if method != "supervised" or not key.startswith("teacher_")}
+    if method not in ("moco2", "swav"):
+        own.pop("teacher_queue", None)
+    return scdd.Args(**own | {"out_dir": str(out_dir)} | changes)
 
 
 def only_run(out_dir: Path) -> Path:
@@ -394,7 +399,7 @@ def test_a_teacher_with_other_constants_sees_its_own_normalisation():
 
 def network_of(out_dir: Path, which: str, classes: int) -> nn.Module:
     """What the run recovered from, in float64, read from the files of its teachers."""
-    kind = {"distilled": "moco", "sre2l": "supervised"}[which]
+    kind = {"distilled": "moco2", "sre2l": "supervised"}[which]
     (folder,) = (path for path in (Path(out_dir) / "teachers").iterdir() if f"-{kind}-" in path.name)
     teacher = load_own(folder / "teacher.safetensors")
     fc = teacher.fc
@@ -639,10 +644,11 @@ def test_a_run_explains_itself(whole):
     }  # fmt: skip
     assert (run / "script.py").read_text() == Path(scdd.__file__).read_text()
     saved = json.loads((run / "args.json").read_text())
-    open_flags = {"size", "preset", "resume"}
+    open_flags = {"size", "preset", "resume", "analyse_methods", "analyse_widths", "analyse_files"}
+    open_flags |= {f"teacher_{name}" for name in SETTINGS if name not in RECIPES["digits"]["moco2"]}
     assert all(saved[key] is not None for key in saved.keys() - open_flags) and saved["r_bn"] == 0.01
     assert json.loads((run / "result.json").read_text()) == json.loads(json.dumps(result))
-    assert result["squeeze"]["method"] == "moco" and result["label_teacher"]["method"] == "supervised"
+    assert result["squeeze"]["method"] == "moco2" and result["label_teacher"]["method"] == "supervised"
     assert result["squeeze"]["stem_padding"] == 1 and result["blocks"] == 3 and result["steps"] == 6
     distilled = load_distilled(run / "distilled.safetensors", "scdd")
     assert distilled.meta["teacher"] == result["squeeze"]
@@ -690,10 +696,15 @@ def test_the_images_can_be_kept_as_the_published_code_does(whole, out):
     assert list(result["eval"]) == ["random_real", "random_crops", "distilled"]
 
 
-@pytest.mark.parametrize("squeeze", slow_but(["supervised"], ["supervised", "barlow"]))
+SMALL_HEADS = dict(teacher_projector=16, teacher_dim=8)
+CLUSTERS = SMALL_HEADS | dict(teacher_prototypes=16)
+OTHERS = dict(supervised={}, barlow=dict(teacher_projector=16), moco3=SMALL_HEADS, swav=CLUSTERS, dino=CLUSTERS)
+
+
+@pytest.mark.parametrize("squeeze", slow_but(["supervised"], OTHERS))
 def test_the_other_squeezes(whole, out, squeeze):
-    """SRe2L by itself is the row of the default run; Barlow Twins has another teacher."""
-    result = scdd.main(tiny(out, squeeze=squeeze, full_row=True, **FEW))
+    """SRe2L by itself is the row of the default run; the others have another teacher."""
+    result = scdd.main(tiny(out, teacher_method=squeeze, full_row=True, **FEW, **OTHERS[squeeze]))
     run = only_run(out)
     if squeeze == "supervised":
         assert list(result["eval"]) == ["random_real", "random_crops", "distilled", "all_real"]
@@ -701,12 +712,12 @@ def test_the_other_squeezes(whole, out, squeeze):
         assert result["squeeze"] == result["label_teacher"]
     else:
         assert list(result["eval"]) == ["random_real", "random_crops", "sre2l", "distilled", "all_real"]
-        assert result["squeeze"]["method"] == "barlow" and len(list((out / "teachers").iterdir())) == 3
+        assert result["squeeze"]["method"] == squeeze and len(list((out / "teachers").iterdir())) == 3
 
 
 def test_images_held_out_are_scored_and_the_test_images_play_no_part(out, monkeypatch):
     seen = []
-    for name in ("train_moco", "train_supervised", "train_probe", "random_crops", "evaluate_soft"):
+    for name in ("train_teacher", "train_supervised", "train_probe", "random_crops", "evaluate_soft"):
         original = getattr(scdd, name)
 
         def spy(*args, original=original, **rest):
@@ -829,10 +840,10 @@ def test_another_network_on_resume_is_refused(whole, tmp_path, monkeypatch):
     refuse(lambda: scdd.main(args), "changed since", "scores of the network")
 
 
-def turned(fc: nn.Linear) -> nn.Linear:
+def turned(probe: tuple[nn.Linear, float]) -> tuple[nn.Linear, float]:
     with torch.no_grad():
-        fc.weight.mul_(-1)
-    return fc
+        probe[0].weight.mul_(-1)
+    return probe
 
 
 PARTS = ("recovered-distilled-000008", "recovered-sre2l-000016", "random_crops")
@@ -915,7 +926,8 @@ def test_a_network_without_batchnorm_is_refused_if_images_are_recovered_from_it(
             refuse(lambda sre2l=sre2l: scdd.main(tiny(out, teacher="a file", sre2l=sre2l)), "--teacher", "BatchNorm")
     monkeypatch.setattr(scdd, "load_classifier", plain)
     refuse(lambda: scdd.main(tiny(out, label_teacher="a file")), "--label-teacher", "BatchNorm")
-    refuse(lambda: scdd.main(tiny(out, label_teacher="a file", squeeze="supervised")), "--label-teacher", "BatchNorm")
+    alone = dict(label_teacher="a file", teacher_method="supervised")
+    refuse(lambda: scdd.main(tiny(out, **alone)), "--label-teacher", "BatchNorm")
     assert [path.name for path in out.iterdir()] == ["teachers"]
     scdd.main(tiny(out, label_teacher="a file", sre2l=False, steps=1, **FEW))
 
@@ -924,12 +936,12 @@ def test_teachers_from_files(whole, out, tmp_path):
     """The squeeze and the labelling teacher by their files: the images of the run that trained them."""
     files = {}
     for folder in (whole[0] / "teachers").iterdir():
-        kind = "moco" if "-moco-" in folder.name else "supervised"
+        kind = "moco2" if "-moco2-" in folder.name else "supervised"
         files[kind] = str(shutil.copytree(folder, tmp_path / kind) / "teacher.safetensors")
-    scdd.main(tiny(out, teacher=files["moco"], label_teacher=files["supervised"], **FEW))
+    scdd.main(tiny(out, teacher=files["moco2"], label_teacher=files["supervised"], **FEW))
     for which in ("distilled", "sre2l"):
         assert torch.equal(recovered(only_run(out), which), recovered(only_run(whole[0]), which))
-    refuse(lambda: scdd.main(tiny(out, label_teacher=files["moco"])), "--label-teacher", "no linear classifier")
+    refuse(lambda: scdd.main(tiny(out, label_teacher=files["moco2"])), "--label-teacher", "no linear classifier")
     torch.save({"fc.weight": torch.zeros(3, 32), "fc.bias": torch.zeros(3), **ResNet("resnet10", 1, 4).state_dict()},
                tmp_path / "three.pt")  # fmt: skip
     refuse(lambda: scdd.main(tiny(out, label_teacher=str(tmp_path / "three.pt"))), "3 classes, the data has 10")
@@ -963,7 +975,7 @@ CHANGES = [
     dict(lr_img=0.2), dict(r_bn=0.1), dict(first_bn_multiplier=1.0), dict(init="real"), dict(crop=True),
     dict(crop=True, crop_min=0.5), dict(crop=True, curriculum=True), dict(jitter=(0, 2)), dict(jitter=(-1, 1)),
     dict(jitter=(0, 2), per_image=True), dict(init="real", segments=2), dict(init="real", segments=2, residual=0.2),
-    dict(recover_batch=10), dict(seed=1), dict(ipc=1), dict(precision="bf16"), dict(squeeze="supervised"),
+    dict(recover_batch=10), dict(seed=1), dict(ipc=1), dict(precision="bf16"), dict(teacher_method="supervised"),
     dict(teacher_seed=1), dict(stem_padding=2), dict(probe_lr=0.5), dict(probe_epochs=1), dict(probe_augment=True),
     dict(teacher_temperature=0.3), dict(teacher_mlp=True), dict(teacher_crop_min=0.9), dict(teacher_key_momentum=0.1),
     dict(teacher_queue=1000), dict(teacher_lr=0.01), dict(teacher_batch=128),
@@ -1040,13 +1052,14 @@ def test_barlow_twins_has_its_own_rate_and_batch(out, monkeypatch):
     class Enough(Exception):
         pass
 
-    def spy(data, teachers, device, *, lr, batch, **settings):
+    def spy(method, data, teachers, device, *, lr, batch, **settings):
+        assert method == "barlow"
         raise Enough(lr, batch)
 
     monkeypatch.setattr(scdd, "train_teacher", spy)
-    for given, expected in ((dict(), (0.3, 256)), (dict(teacher_lr=0.7, teacher_batch=32), (0.7, 32))):
+    for given, expected in ((dict(), (0.3, 128)), (dict(teacher_lr=0.7, teacher_batch=32), (0.7, 32))):
         with pytest.raises(Enough) as caught:
-            scdd.main(tiny(out, squeeze="barlow", **{"teacher_batch": None} | given))
+            scdd.main(tiny(out, teacher_method="barlow", **{"teacher_batch": None} | given))
         assert caught.value.args == expected
 
 
@@ -1102,17 +1115,22 @@ def test_args_document_themselves():
         after = source.split(f"\n    {name}: ", 1)[1].split("\n", 1)[1]
         assert after.lstrip().startswith('"""'), name
     open_flags = {n for n, f in fields.items() if f.default is None} - {"size", "preset", "resume", "chunk"}
+    open_flags -= {f"teacher_{name}" for name in SETTINGS if name != "epochs"}  # of common/recipes.py
+    open_flags -= {"analyse_methods", "analyse_widths", "analyse_files"}
     for name, preset in scdd.PRESETS.items():
         assert set(preset) == open_flags, name
     numbers = {n for n, f in fields.items() if f.type in (int, float) or f.type in (int | None, float | None)}
-    limited = {name for names in scdd.LIMITS.values() for name in names.split()}
+    limited = {name for limits in (scdd.LIMITS, LIMITS) for names in limits.values() for name in names.split()}
     seeds = {"seed", "split_seed", "teacher_seed", "size", "test_fraction", "holdout", "ipc"}
     assert numbers - limited <= seeds and limited <= numbers
 
 
 def test_the_presets_are_the_published_code():
     """Values of the specification's tables (2.1, 2.2), the code's where the paper's table is another."""
-    p, t, i = scdd.PRESETS["cifar100"], scdd.PRESETS["tiny_imagenet"], scdd.PRESETS["imagenet"]
+    p, t, i = (
+        {f"teacher_{key}": value for key, value in RECIPES[name]["moco2"].items()} | scdd.PRESETS[name]
+        for name in ("cifar100", "tiny_imagenet", "imagenet")
+    )
     for name, values in dict(
         lr_img=(0.4, 0.6, 0.1), recover_batch=(100, 100, 50), jitter=((0, 4), (-4, 4), (0, 32)),
         crop=(False, True, True), eval_wd=(0.01, 1e-4, 0.01), eval_decay_all=(True, True, False),
@@ -1127,7 +1145,8 @@ def test_the_presets_are_the_published_code():
     ).items():  # fmt: skip
         assert tuple(preset[name] for preset in (p, t, i)) == values, name
     assert (p["r_bn"], i["r_bn"]) == (0.005, 0.01) and (p["sre2l_lr_img"], p["sre2l_r_bn"]) == (0.25, 0.01)
-    assert scdd.PRESETS["cifar10"] == p and scdd.Args().first_bn_multiplier == 10 and scdd.Args().crop_min == 0.08
+    assert scdd.PRESETS["cifar10"] == scdd.PRESETS["cifar100"]
+    assert scdd.Args().first_bn_multiplier == 10 and scdd.Args().crop_min == 0.08
     assert (i["teacher_arch"], i["label_teacher"]) == ("resnet50", "torchvision:resnet18")
 
 

@@ -120,12 +120,14 @@ def main() -> None:
 
     import common.applications
     import common.barlow
+    import common.dino
     import common.evaluate
     import common.moco
     import common.pretrain
     import common.relabel
     import common.run
     import common.students
+    import common.swav
 
     for late in ("matplotlib.figure", "sklearn.datasets", "torch.utils.tensorboard", "torchvision.utils"):
         importlib.import_module(late)
@@ -158,6 +160,9 @@ def main() -> None:
 
     watch(common.barlow, "two_views", "teacher")
     watch(common.moco, "info_nce", "teacher")
+    watch(common.moco, "batch_contrast", "teacher")
+    watch(common.swav, "swapped_loss", "teacher")
+    watch(common.dino, "cross_view_loss", "teacher")
     watch(common.pretrain, "augmented", "label")
     watch(common.pretrain, "probe_lr", "probe")
     watch(common.evaluate, "score_network", "score")
