@@ -767,6 +767,7 @@ def teacher_table(rows: dict[str, dict]) -> str:
         for key, words in (("loss", "{0:.3g} to {1:.3g}"), ("embedding_std", "{1:.2f}")):
             values = list((row[key] or {}).values())
             cells.append(words.format(values[0], values[-1]) if values else "-")
+        cells[-1] += " (collapsed)" if row["collapsed"] else ""
         cells += [f"{100 * row['knn']:.1f}", f"{100 * row['probe']:.1f}"]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)

@@ -140,7 +140,7 @@ def boxes(u: Tensor, scale: tuple[float, float], ratio: float = RATIO) -> tuple[
     """Random boxes from uniforms u (N, 4): top, left, height, width as fractions of the image, (N,) each.
 
     Their area is uniform in `scale`, width / height log-uniform in 1/ratio .. ratio. A box that is wider or higher than
-    the image is clipped to it, as torchvision's fallback does on average.
+    the image is clipped to it, as torchvision's fallback does on average (Teachers' departure 5).
     """
     area, shape, left, top = u.unbind(1)
     area = area * (scale[1] - scale[0]) + scale[0]

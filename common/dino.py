@@ -38,7 +38,7 @@ CENTRE = 0.9  # momentum of the centre
 class Head(nn.Module):
     """Two layers, with BatchNorm and GELU between, to a unit vector (dim), and its products with `prototypes` others.
 
-    As in the authors' released ResNet-50; that of their transformers has three layers and no BatchNorm.
+    Teachers' departure 3: as in the authors' released ResNet-50; their code's has three layers and no BatchNorm.
     """
 
     def __init__(self, d_in: int, hidden: int, dim: int, prototypes: int):
@@ -161,7 +161,7 @@ def train_dino(
             ]
             areas, half = (SMALLEST * crop_min, crop_min), 0.5 if blur else 0.0
             small = [view(areas, blur=half, side=side) for _ in range(small_crops)]
-            with torch.no_grad():
+            with torch.no_grad():  # Teachers' departure 1: at the beginning of a step
                 follow_(slow, fast, momentum_at(epoch * per_epoch + i, steps, key_momentum))
                 told = scores_of(*teacher, large)
                 targets = [targets_of(part, centre, temperature) for part in told]
@@ -178,5 +178,7 @@ def train_dino(
         )
 
     views = 2 + small_crops * (side / data.size) ** 2
+    scores = (batch * (4 + small_crops)) * prototypes
     flags = ("--teacher-batch", "--teacher-projector", "--teacher-lr")
-    return train(info, data, teachers, device, make, method_of, views=views, flags=flags, save_minutes=save_minutes)
+    return train(info, data, teachers, device, make, method_of, views=views, flags=flags, save_minutes=save_minutes,
+                 scores=scores)  # fmt: skip

@@ -133,13 +133,14 @@ def train(
     views: float,
     flags: tuple[str, str, str],
     save_minutes: float,
+    scores: int = 0,
 ) -> Teacher:
     """The teacher that `info` describes: from its folder in `teachers` if it was trained before, else trained.
 
     make(): the new modules by name: "net", the backbone; "fc", a classifier that is kept with it; others serve the
     training alone. method_of(modules): how they are trained, once they are on the device. views: of each image that a
     step takes a gradient of, small ones as fractions; flags: what sets the memory of the views, that of the weights,
-    and the learning rate.
+    and the learning rate. scores: numbers in the prototypes' scores of a step, where they are many.
 
     The folder's name holds data, method, architecture, epochs, seed and a hash of `info`. Training goes on from any
     step as if it had not stopped. Prints as it goes, and keeps in the teacher's info, a k-NN accuracy (labelled data),
@@ -158,7 +159,8 @@ def train(
         maps = int(views * info["batch"] * bytes_per_image(blank_resnet(info), x))
     weights = 16 * sum(p.numel() for part in blank.values() for p in part.parameters())  # gradients, momentum, a spare
     maps = int(1.2 * maps) // (2 if info["precision"] == "bf16" else 1)  # and the gradients of the largest ones
-    check_memory({"teacher's training": {flags[0]: maps, flags[1]: weights}}, device)
+    need = {flags[0]: maps, flags[1]: weights} | ({"--teacher-prototypes": 4 * 4 * scores} if scores else {})
+    check_memory({"teacher's training": need}, device)  # of scores: themselves, their logarithms, gradients, a spare
     make_folder(folder)
 
     with seeded("teacher", info["seed"]):
@@ -327,6 +329,7 @@ def warm_up_epochs(epochs: int) -> int:
 @torch.no_grad()
 def lars_(params: list[Tensor], lr: float, eta: float, weight_decay: float) -> None:
     """Scale the gradients in place by LARS's layer-wise trust ratio, clipped at lr; the optimiser is then plain SGD.
+    Teachers' departure 2: as solo-learn does.
 
     You, Gitman and Ginsburg 2017, arXiv:1708.03888. Biases and norm parameters (one dimension) are left alone, as in
     the Barlow Twins recipe, and so is what has no gradient.

@@ -61,7 +61,7 @@ def changed(recipes: dict[str, dict], **changes) -> dict[str, dict]:
 
 SIZE_64 = changed(
     CIFAR,
-    swav=dict(crop_min=0.14, small_crops=6),  # the papers' multi-crop
+    swav=dict(crop_min=0.14, small_crops=6),  # the papers' multi-crop; Teachers' departure 4: not below
     dino=dict(crop_min=0.14, small_crops=6),
     supervised=dict(epochs=50, batch=256, lr=0.2, wd=1e-4),
 )
@@ -90,7 +90,7 @@ DIGITS = {
     "barlow": dict(epochs=40, batch=128, lr=0.3, wd=1e-4, eta=0.002, projector=256, crop_min=0.4),
     "moco2": CIFAR["moco2"] | dict(epochs=40, batch=128, lr=0.2, queue=256, key_momentum=0.9, splits=2, crop_min=0.4),
     "moco3": CIFAR["moco3"] | TINY | dict(dim=64, key_momentum=0.9),
-    "swav": CIFAR["swav"] | TINY | dict(dim=32, epsilon=0.02, prototypes=256, queue=256),
+    "swav": CIFAR["swav"] | TINY | dict(dim=32, epsilon=0.02, prototypes=256, queue=256),  # Teachers' departure 6
     "dino": CIFAR["dino"] | TINY | dict(batch=64, eta=0.005, dim=16, key_momentum=0.97, prototypes=256),
     "supervised": dict(epochs=20, batch=128, lr=0.1, wd=5e-4),
 }

@@ -28,13 +28,14 @@ from common.pretrain import (
 from common.run import rng
 from common.teacher import Teacher
 
-SMALLEST = 0.05 / 0.14  # area of the smallest small view, in that of the smallest large one
+SMALLEST = 0.05 / 0.14  # area of the smallest small view, in that of the smallest large one: Teachers' departure 7
 
 
 @torch.no_grad()
 def sinkhorn(scores: Tensor, epsilon: float, iterations: int = 3) -> Tensor:
     """Codes (B, K) of scores (B, K): exp(scores / epsilon) with columns and rows scaled in turn, so that all prototypes
-    get the same share of the batch, and last each row sums to 1 (paper, section 3.1). In logarithms: nothing underflows.
+    get the same share of the batch, and last each row sums to 1 (paper, section 3.1). In logarithms, so that nothing
+    underflows.
     """
     log_codes = scores / epsilon
     for _ in range(iterations):
@@ -165,5 +166,7 @@ def train_swav(
         )
 
     views = 2 + small_crops * (side / data.size) ** 2
+    scores = (batch * (2 + small_crops) + 2 * queue) * prototypes
     flags = ("--teacher-batch", "--teacher-projector", "--teacher-lr")
-    return train(info, data, teachers, device, make, method_of, views=views, flags=flags, save_minutes=save_minutes)
+    return train(info, data, teachers, device, make, method_of, views=views, flags=flags, save_minutes=save_minutes,
+                 scores=scores)  # fmt: skip

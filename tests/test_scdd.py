@@ -1269,3 +1269,131 @@ def test_the_memory_estimate_is_near_the_measured_peak(tmp_path, changes):
     estimate, measured = map(int, line.split()[1:])
     print(f"estimate {estimate / 1e6:.0f} MB, measured {measured / 1e6:.0f} MB")
     assert 0.6 < estimate / measured < 1.7, (estimate, measured)
+
+
+# ------------------------------------------------------------------------------------------------------------- analysis
+
+
+def analysed(out_dir, **changes):
+    few = dict(analyse=True, analyse_methods=("supervised", "moco2"), analyse_widths=(2, 4), steps=40)
+    return scdd.main(tiny(out_dir, **few | dict(teacher_epochs=1, label_epochs=1) | changes))
+
+
+@pytest.fixture(scope="module")
+def analysis(tmp_path_factory):
+    """(out-dir, result) of an analysis of four networks."""
+    out_dir = tmp_path_factory.mktemp("analysis")
+    return out_dir, analysed(out_dir)
+
+
+@pytest.mark.slow
+def test_an_analysis_compares_methods_and_widths(analysis):
+    """All networks with their probes; statistics of what was trained; plots and JSON in the run folder."""
+    out_dir, result = analysis
+    run = only_run(out_dir)
+    names = [f"{method} resnet10x{width}" for method in ("supervised", "moco2") for width in (2, 4)]
+    assert list(result["teachers"]) == ["untrained resnet10x4", *names]
+    assert [model["name"] for model in result["analysis"]["models"]] == names
+    assert [model["size"] for model in result["analysis"]["models"]] == [2, 4] * 2
+    assert len(list((out_dir / "teachers").iterdir())) == 4
+    whole = json.loads((run / "analysis.json").read_text())
+    for model, short in zip(whole["models"], result["analysis"]["models"], strict=True):
+        assert len(model.pop("layers")) == 12 and model == short  # ResNet-10
+        assert model["signal"]["recovered"] < 0.8 * model["signal"]["noise"]
+        assert all(scale["outputs_change"] < 1e-4 for scale in model["scale"])
+        (folder,) = (out_dir / "teachers").glob(f"*-{model['name'].replace(' ', '-')}-*")
+        weights = load_file(folder / "teacher.safetensors")
+        mu = weights["bn1.running_mean"].double()
+        assert whole_measure(run, model["name"], "raw_std_mu") == pytest.approx(float(mu.std(correction=0)), rel=1e-5)
+    for plot in ("channels", "depth", "entropy", "signal"):
+        assert (run / f"statistics_{plot}.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert json.loads((run / "result.json").read_text()) == json.loads(json.dumps(result))
+
+
+def whole_measure(run: Path, name: str, measure: str) -> float:
+    models = json.loads((run / "analysis.json").read_text())["models"]
+    return next(model for model in models if model["name"] == name)["layers"][0][measure]
+
+
+@pytest.mark.slow
+def test_an_analysis_trains_the_networks_that_the_method_trains(analysis, tmp_path):
+    """MoCo's of width 4 is the squeeze of a run with the same flags, and its probe's accuracy is that run's."""
+    shutil.copytree(analysis[0] / "teachers", tmp_path / "teachers")
+    before = sorted((tmp_path / "teachers").glob("*/*.safetensors"))
+    result = scdd.main(tiny(tmp_path, teacher_epochs=1, label_epochs=1, steps=1, sre2l=False, **FEW))
+    assert sorted((tmp_path / "teachers").glob("*/*.safetensors")) == before
+    assert result["squeeze"]["probe_accuracy"] == analysis[1]["teachers"]["moco2 resnet10x4"]["probe"]
+
+
+@pytest.mark.slow
+def test_the_tables_of_an_analysis(analysis):
+    rows = analysis[1]["teachers"]
+    table = scdd.teacher_table(rows).splitlines()
+    assert len(table) == 2 + len(rows) and all(line.count("|") == 8 for line in table)
+    untrained, moco = (next(line for line in table if name in line) for name in ("untrained", "moco2 resnet10x4"))
+    row = rows["moco2 resnet10x4"]
+    assert untrained.split(" | ")[1:5] == ["-"] * 4 and f"{100 * row['probe']:.1f} |" in moco
+    assert f"| 1 | {row['seconds']:.0f} |" in moco and f" {row['embedding_std']['1']:.2f} " in moco
+    rows = {"a": row | {"loss": {"1": 3.0, "5": 2.0}, "embedding_std": {"1": 0.5, "5": 0.04}, "collapsed": 3}}
+    assert "| 3 to 2 | 0.04 (collapsed) |" in scdd.teacher_table(rows)
+
+
+def test_statistics_are_matched_as_adam_does(data_of_two):
+    """The recovery of the statistics alone against a loop: rate, weight of the first term, limits of the pixels."""
+    net, x = data_of_two
+    mean, std = (torch.full((1, 1, 1), value, dtype=torch.float64) for value in (0.4, 1.0))
+    function = scdd.with_statistics(net)
+    found = scdd.match_statistics(function, x, 5, 0.3, 10.0, mean, std)
+    again, m, v = x.clone(), torch.zeros_like(x), torch.zeros_like(x)
+    for t in range(5):
+        again.requires_grad_()
+        terms = function(again)[1]
+        (g,) = torch.autograd.grad(10 * terms[0, 0] + terms[1:, 0].sum(), again)
+        m, v = 0.5 * m + 0.5 * g, 0.9 * v + 0.1 * g**2
+        step = (m / (1 - 0.5 ** (t + 1))) / ((v / (1 - 0.9 ** (t + 1))).sqrt() + 1e-8)
+        rate = 0.3 * 0.5 * (1 + math.cos(math.pi * t / 5))
+        again = (again.detach() - rate * step).clamp(-0.4, 0.6)
+    torch.testing.assert_close(found, again, rtol=0, atol=1e-9)
+    assert ((found - 0.6).abs() < 1e-12).any() and not ((found - 0.6).abs() < 1e-12).all()
+
+
+@pytest.fixture
+def data_of_two():
+    with seeded("two"):
+        net = ResNet("resnet10", 1, 2)
+        for norm in (part for part in net.modules() if isinstance(part, nn.BatchNorm2d)):
+            norm.running_mean.normal_()
+            norm.running_var.uniform_(0.5, 2)
+    return net.double().eval(), torch.randn(4, 1, 8, 8, generator=rng("two images"), dtype=torch.float64)
+
+
+def test_flags_of_the_analysis_and_of_the_squeeze_that_would_do_nothing_are_refused(out):
+    refuse(lambda: scdd.main(tiny(out, analyse_widths=(2,))), "--analyse-widths", "--analyse")
+    refuse(lambda: analysed(out, analyse_widths=(0,)), "--analyse-widths 0", "at least 1")
+    refuse(lambda: scdd.main(tiny(out, teacher_prototypes=8)), "--teacher-prototypes", "moco2", "swav, dino")
+    both = dict(teacher_method="dino", teacher_queue=256)
+    refuse(lambda: scdd.main(tiny(out, **both)), "--teacher-queue", "dino", "moco2, swav")
+    alone = dict(teacher_method="supervised", teacher_epochs=3)
+    refuse(lambda: scdd.main(tiny(out, **alone)), "--teacher-epochs", "--label-")
+    assert [path.name for path in out.iterdir()] == ["teachers"]
+
+
+@pytest.mark.slow
+def test_an_analysis_that_was_stopped_goes_on(analysis, tmp_path, monkeypatch):
+    original, calls = scdd.train_probe, []
+
+    def stop(*args, **rest):
+        calls.append(args)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return original(*args, **rest)
+
+    monkeypatch.setattr(scdd, "train_probe", stop)
+    with pytest.raises(KeyboardInterrupt):
+        analysed(tmp_path)
+    monkeypatch.setattr(scdd, "train_probe", original)
+    folder = only_run(tmp_path)
+    result = scdd.main(common.run.load_args(scdd.Args, folder))
+    assert only_run(tmp_path) == folder
+    own = lambda r: {name: {k: v for k, v in row.items() if k != "seconds"} for name, row in r["teachers"].items()}  # noqa: E731
+    assert own(result) == own(analysis[1]) and result["analysis"] == analysis[1]["analysis"]

@@ -1,10 +1,9 @@
-"""common/moco.py (v3), swav.py, dino.py and recipes.py: losses and whole trainings against loops, training that stops and
-goes on, digits, collapses, multi-crop, and the settings of every preset."""
+"""common/moco.py (v3), swav.py, dino.py and recipes.py: losses and whole trainings against loops, training that stops
+and goes on, digits, collapses, multi-crop, and the settings of every preset."""
 
 import dataclasses
 import inspect
 import math
-import re
 import signal
 from collections import deque
 
@@ -41,8 +40,8 @@ import common.swav
 from common.augment import ssl_view
 from common.data import Data, load, normalise
 from common.dino import cross_view_loss, targets_of, train_dino
-from common.models import ResNet
 from common.moco import batch_contrast, train_moco3
+from common.models import ResNet
 from common.pretrain import embedding_std, lars_, momentum_at, warm_up_epochs
 from common.recipes import CIFAR, LIMITS, RECIPES, SETTINGS, fill_teacher, train_teacher
 from common.run import Stopped, catch_signals, rng
@@ -198,7 +197,7 @@ def test_sinkhorn_is_the_loop(batch, count, epsilon, iterations):
 
 
 def test_sinkhorn_spreads_over_all_prototypes():
-    """Three times by default, as in the paper. The shares are 1/K in the limit; far scores and unused prototypes stay finite."""
+    """Three times by default, as in the paper. The shares are 1/K in the limit; what is far off stays finite."""
     scores = units(40, 8) @ units(5, 8, seed=1).T
     torch.testing.assert_close(sinkhorn(scores, 0.05), naive_sinkhorn(scores, 0.05, 3), rtol=1e-10, atol=1e-14)
     torch.testing.assert_close(sinkhorn(scores, 0.05, 500).mean(0), torch.full((5,), 0.2, dtype=F64), rtol=1e-6, atol=0)
@@ -211,8 +210,21 @@ def test_sinkhorn_spreads_over_all_prototypes():
     for codes in (sinkhorn(far, 0.05), sinkhorn(far - 1e4, 0.05)):
         assert codes.isfinite().all()
         torch.testing.assert_close(codes.sum(1), torch.ones(6))
-    float32 = sinkhorn(scores.float(), 0.05)
-    torch.testing.assert_close(float32.double(), sinkhorn(scores.float().double(), 0.05), rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("epsilon", [0.05, 0.02, 0.005, 0.001])
+def test_sinkhorn_in_float32_is_that_of_float64(epsilon):
+    """Down to the least epsilon that the flag takes: e^(-2 / 0.001) is no number of either, its logarithm is."""
+    scores = (units(64, 8) @ units(16, 8, seed=1).T).float()
+    scores[0] = -1.0  # an image far from all
+    logs = scores.double() / epsilon
+    for _ in range(3):
+        logs = logs - logs.logsumexp(0) - math.log(16)
+        logs = logs - logs.logsumexp(1, keepdim=True) - math.log(64)
+    codes = sinkhorn(scores, epsilon)
+    assert codes.dtype == torch.float32
+    # a score's last bit, 6e-8 of 1, is divided by epsilon
+    torch.testing.assert_close(codes.double(), logs.exp() * 64, rtol=0, atol=1e-6 / epsilon)
 
 
 @pytest.mark.parametrize("loss", [swapped_loss, cross_view_loss])
@@ -480,3 +492,560 @@ def test_dino_is_the_naive_loop(request, in_double, monkeypatch, tmp_path, name,
         assert near(after[f"{who}head"]["prototypes.weight"], clusters[who].detach())
         assert not same(after[f"{who}net"], before["net"])
     assert near(after["centre"]["mean"], centre[None]) and not same(after["student_net"], after["net"])
+
+
+# ------------------------------------------------------------------------------------------------ views of two sizes
+
+
+class Caught(Exception):
+    pass
+
+
+def method_of(kind, data, place, **changes):
+    """(the Method of a trainer, its modules), before the first step."""
+    caught = []
+
+    def optimise(checkpoint, modules, method, *_, **__):
+        caught.extend([method, modules])
+        raise Caught
+
+    trainer, settings = TRAINERS[kind]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common.pretrain, "optimise", optimise)
+        with pytest.raises(Caught):
+            trainer(data, place, CPU, **settings | changes)
+    return caught
+
+
+def shapes_into(module):
+    shapes = []
+    module.register_forward_pre_hook(lambda module, args: shapes.append(tuple(args[0].shape)))
+    return shapes
+
+
+@pytest.fixture(scope="module")
+def photographs():
+    """Twenty colour images of 32 px without labels."""
+    x = torch.randint(0, 256, (20, 3, 32, 32), generator=gen(), dtype=torch.uint8)
+    mean, std = torch.full((3,), 0.5), torch.full((3,), 0.3)
+    return Data("made", x, None, x[:4], None, [], mean, std, "none", "c" * 64, True)
+
+
+@pytest.mark.parametrize("crops", [0, 1, 5])
+def test_large_views_go_through_the_network_together_and_small_ones_together(photographs, tmp_path, crops):
+    """DINO's teacher sees the large ones alone, and so do the assignments of SwAV; small views have 12 of 32 px."""
+    large, small = (40, 3, 32, 32), [(20 * crops, 3, 12, 12)] * (crops > 0)
+    changes, index = dict(batch=20, small_crops=crops), torch.arange(20)
+    method, modules = method_of("dino", photographs, tmp_path, **changes)
+    student, teacher = shapes_into(modules["student_net"]), shapes_into(modules["net"])
+    method.loss_of(index, 0, 0)
+    assert student == [large, *small] and teacher == [large]
+    method, modules = method_of("swav", photographs, tmp_path, **changes)
+    net, assigned, whole = shapes_into(modules["net"]), [], sinkhorn
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            common.swav, "sinkhorn", lambda scores, *rest: assigned.append(len(scores)) or whole(scores, *rest)
+        )
+        method.loss_of(index, 0, 0)
+    assert net == [large, *small] and assigned == [20, 20]
+
+
+@pytest.mark.parametrize(
+    ("kind", "crops", "expected"),
+    [("moco3", None, 2), ("swav", 0, 2), ("swav", 4, 2 + 4 * 9 / 64), ("dino", 0, 2), ("dino", 8, 2 + 8 * 9 / 64)],
+)
+def test_the_memory_asked_for_is_that_of_the_views(photographs, monkeypatch, tmp_path, kind, crops, expected):
+    asked = []
+    monkeypatch.setattr(PLACES[kind], "train", lambda *_, **options: asked.append(options))
+    trainer, settings = TRAINERS[kind]
+    trainer(photographs, tmp_path, CPU, **settings | (dict(small_crops=crops) if crops is not None else {}))
+    flags = ("--teacher-batch", "--teacher-projector", "--teacher-lr")
+    assert asked == [dict(views=expected, flags=flags, save_minutes=10.0)]
+
+
+def test_prototypes_and_queues_wait(few, tmp_path):
+    """SwAV's prototypes are fixed in two epochs of a thousand and the queue serves from the fiftieth on; DINO's are
+    fixed in one. In float64's terms: no gradient, not a gradient of zero, which momentum and decay would go along."""
+    many = dict(epochs=1000, queue=48)
+    method, modules = method_of("swav", few, tmp_path, **many)
+    weight = modules["prototypes"].weight
+    for epoch, moves in ((0, False), (1, False), (2, True), (999, True)):
+        weight.grad = None
+        method.loss_of(torch.arange(32), epoch, 0)[0].backward()
+        assert (weight.grad is not None) == moves
+        torch.testing.assert_close(weight.detach().norm(dim=1), torch.ones(12))
+    with pytest.MonkeyPatch.context() as patch:
+        codes = record(patch, common.swav, "sinkhorn")
+        for epoch in (0, 49, 50):
+            method.loss_of(torch.arange(32), epoch, 0)
+    assert [len(each) for each in codes] == [32, 32, 32, 32, 80, 80]
+    method, modules = method_of("dino", few, tmp_path, epochs=1000)
+    weight = modules["student_head"].prototypes.weight
+    for epoch, moves in ((0, False), (1, True)):
+        weight.grad = None
+        method.loss_of(torch.arange(32), epoch, 0)[0].backward()
+        assert (weight.grad is not None) == moves
+
+
+def test_no_gradient_goes_into_what_follows_or_is_a_target(few, tmp_path):
+    for kind, slow in (("moco3", ["key_net", "key_head"]), ("dino", ["net", "head"])):
+        method, modules = method_of(kind, few, tmp_path)
+        method.loss_of(torch.arange(32), 1, 0)[0].backward()
+        for name, module in modules.items():
+            params = list(module.parameters())
+            assert all((p.grad is None) == (name in slow) for p in params), name
+        optimised = {id(p) for group in method.optimizer.param_groups for p in group["params"]}
+        expected = {id(p) for name, module in modules.items() if name not in slow for p in module.parameters()}
+        assert optimised == expected
+
+
+# ----------------------------------------------------------------------------------------------------- stopping, caches
+
+
+@every
+def test_a_stopped_training_goes_on_bit_for_bit(few, made, monkeypatch, tmp_path, handlers, kind):
+    """Networks, heads, queues, prototypes, centre: all that there is at the end."""
+    trainer, settings = TRAINERS[kind]
+    seen = spy(monkeypatch)
+    teacher = stops(monkeypatch, lambda: trainer(few, tmp_path, CPU, **settings), tmp_path, PLACES[kind], ONCE[kind])
+    expected, states = made[kind]
+    assert same(teacher.net, expected.net) and teacher.info | {"seconds": 0} == expected.info | {"seconds": 0}
+    assert seen["modules"].keys() == states.keys()
+    for name, module in seen["modules"].items():
+        assert same(module, states[name]), name
+
+
+HELD = {
+    "moco3": {"net", "head", "predictor", "key_net", "key_head"},
+    "swav": {"net", "head", "prototypes", "queue_0", "queue_1"},
+    "dino": {"net", "head", "student_net", "student_head", "centre"},
+}
+
+
+@every
+def test_a_checkpoint_holds_all_that_is_needed(few, monkeypatch, tmp_path, handlers, kind):
+    trainer, settings = TRAINERS[kind]
+    seen = spy(monkeypatch)
+    with monkeypatch.context() as patch:
+        signal_at(patch, PLACES[kind], ONCE[kind], signal.SIGTERM, 4)
+        with pytest.raises(Stopped):
+            trainer(few, tmp_path, CPU, **settings)
+    (path,) = tmp_path.rglob("checkpoint.pt")
+    whole = common.run.load_checkpoint(path)
+    assert seen["before"].keys() == HELD[kind]
+    for name, module in seen["modules"].items():
+        assert same(whole[name], module.state_dict()) and not same(whole[name], seen["before"][name]), name
+    catch_signals()
+    for name in HELD[kind]:
+        torch.save({key: value for key, value in whole.items() if key != name}, path)
+        words = str(path), f"'{name}'", "delete it to train the teacher anew"
+        refuse(lambda: trainer(few, tmp_path, CPU, **settings), *words)
+
+
+@every
+def test_a_teacher_is_trained_once(few, made, monkeypatch, kind):
+    monkeypatch.setattr(common.pretrain, "optimise", forbid)
+    trainer, settings = TRAINERS[kind]
+    teacher, _ = made[kind]
+    again = trainer(few, teacher.folder.parent, CPU, **settings, save_minutes=1.0)
+    assert same(again.net, teacher.net) and again.info == teacher.info
+    assert [file.name for file in teacher.folder.iterdir()] == ["teacher.safetensors"]
+    assert teacher.folder.name.startswith(f"digits-{kind}-resnet10x4-3ep-s0-") and teacher.info["method"] == kind
+    assert list(teacher.info["embedding_std"]) == list(teacher.info["knn"]) == ["1", "2", "3"]
+    assert all(0 < value <= 1 for value in teacher.info["embedding_std"].values())
+
+
+CHANGES = dict(arch="resnet18", width=2, stem_padding=1, epochs=4, batch=16, lr=0.2, weight_decay=0.0, crop_min=0.5,
+               eta=0.1, projector_width=8, dim=4, temperature=0.3, blur=True, seed=1, precision="bf16")  # fmt: skip
+OWN = {
+    "moco3": dict(key_momentum=0.5),
+    "swav": dict(prototypes=6, queue=16, epsilon=0.2, small_crops=1, blur=False),
+    "dino": dict(prototypes=6, key_momentum=0.5, small_crops=1),
+}
+
+
+@every
+def test_every_setting_makes_another_teacher(few, made, monkeypatch, tmp_path, kind):
+    """And is in its info under its own name; so are the data."""
+    monkeypatch.setattr(common.pretrain, "optimise", forbid)
+    trainer, settings = TRAINERS[kind]
+    teacher, _ = made[kind]
+    names, changes = {teacher.folder.name.rsplit("-", 1)[1]}, CHANGES | OWN[kind]
+    parameters = inspect.signature(trainer).parameters
+    assert changes.keys() == parameters.keys() - {"data", "teachers", "device", "save_minutes"}
+    for key, value in changes.items():
+        assert teacher.info[key] == settings.get(key, parameters[key].default) != value, key
+    calls = [(key, few, settings | {key: value}) for key, value in changes.items()]
+    calls += [(key, dataclasses.replace(few, **{key: value}), settings)
+              for key, value in dict(content="e" * 64, flip=True, mean=few.mean + 1).items()]  # fmt: skip
+    for key, data, asked in calls:
+        with pytest.raises(AssertionError, match="must not be called"):
+            trainer(data, tmp_path / key, CPU, **asked)
+        (folder,) = (tmp_path / key).iterdir()
+        names.add(folder.name.rsplit("-", 1)[1])
+    assert len(names) == 1 + len(calls)
+
+
+# -------------------------------------------------------------------------------------------------------- odd requests
+
+
+@every
+@pytest.mark.parametrize(
+    ("images", "changes", "batch"),
+    [(70, dict(batch=512), 70), (2, dict(), 2), (3, dict(batch=2), 2), (33, dict(), 32)], ids=str,
+)  # fmt: skip
+def test_few_images_and_one_batch_an_epoch(few, tmp_path, kind, images, changes, batch):
+    """A batch larger than the data, the rest of an epoch, two images; a queue is no longer than an epoch."""
+    data = dataclasses.replace(few, x_train=few.x_train[:images], y_train=few.y_train[:images])
+    trainer, settings = TRAINERS[kind]
+    if kind == "swav":
+        changes = changes | dict(queue=4096)
+    with pytest.MonkeyPatch.context() as patch:
+        seen = spy(patch)
+        teacher = trainer(data, tmp_path, CPU, **settings | changes)
+    assert teacher.info["batch"] == batch and len(seen["rates"]) == 3 * (images // batch)
+    assert teacher.info.get("queue", images // batch * batch) == images // batch * batch
+    assert all(value.isfinite().all() for value in teacher.net.state_dict().values())
+    assert not same(teacher.net, seen["before"]["net"])
+
+
+@every
+def test_one_image_and_no_labels(few, tmp_path, kind):
+    trainer, settings = TRAINERS[kind]
+    one = dataclasses.replace(few, x_train=few.x_train[:1], y_train=few.y_train[:1])
+    refuse(lambda: trainer(one, tmp_path, CPU, **settings), "cannot be trained on one image")
+    bare = dataclasses.replace(few, y_train=None, y_test=None)
+    info = trainer(bare, tmp_path, CPU, **settings | dict(epochs=1)).info
+    assert info["knn"] == {} and list(info["embedding_std"]) == ["1"]
+
+
+@every
+@pytest.mark.parametrize("name", ["few", "coloured"])
+def test_bf16(request, monkeypatch, tmp_path, kind, name):
+    """The networks run in bf16, losses and what they are made of in float32; all ends finite and changed."""
+    data, (trainer, settings) = request.getfixturevalue(name), TRAINERS[kind]
+    loss = {"moco3": "batch_contrast"}.get(kind, ONCE[kind])
+    asked, whole, seen = [], getattr(PLACES[kind], loss), spy(monkeypatch)
+    monkeypatch.setattr(PLACES[kind], loss, lambda *args: asked.append(args) or whole(*args))
+    teacher = trainer(data, tmp_path, CPU, **settings | dict(precision="bf16", blur=True))
+    first = asked[0][0] if kind == "moco3" else asked[0][0][0]
+    assert first.dtype == torch.float32 and first.requires_grad
+    for module in seen["modules"].values():
+        assert all(value.isfinite().all() for value in module.state_dict().values())
+        assert all(p.dtype == torch.float32 for p in module.parameters())
+    assert not same(teacher.net, seen["before"]["net"])
+    method, modules = method_of(kind, data, tmp_path / "again", precision="bf16")
+    kinds = []
+    for name in ("student_net" if kind == "dino" else "net", "head"):
+        first = next(module for module in modules[name].modules() if isinstance(module, nn.Conv2d | nn.Linear))
+        first.register_forward_hook(lambda module, args, out: kinds.append(out.dtype))
+    method.loss_of(torch.arange(32), 0, 0)
+    assert len(kinds) >= 2 and set(kinds) == {torch.bfloat16}
+
+
+@every
+def test_a_training_that_diverges_is_not_saved(few, monkeypatch, tmp_path, kind):
+    trainer, settings = TRAINERS[kind]
+    loss = {"moco3": "batch_contrast"}.get(kind, ONCE[kind])
+    whole = getattr(PLACES[kind], loss)
+    monkeypatch.setattr(PLACES[kind], loss, lambda *args: whole(*args) * torch.nan)
+    words = "epoch 1, step 2: loss is nan", "embedding std nan", "lower --teacher-lr"
+    line = refuse(lambda: trainer(few, tmp_path, CPU, **settings), *words)
+    (folder,) = tmp_path.iterdir()
+    assert str(folder) in line and "learning rate 0.025)" in line and not list(folder.iterdir())
+
+
+# --------------------------------------------------------------------------------------------------------------- digits
+
+
+def train_recorded(method, data, place, width, **changes):
+    """The teacher of the digits' recipe through train_teacher; by epoch its mean loss and the entropy of the mean
+    target (SwAV, DINO; else None); the untrained network."""
+    recipe, losses, whole = RECIPES["digits"][method] | changes, [], common.pretrain.optimise
+    settings = dict.fromkeys(SETTINGS) | recipe
+    settings["weight_decay"] = settings.pop("wd")
+
+    def optimise(checkpoint, modules, method, *rest, **options):
+        def loss_of(*step):
+            loss, terms = loss_whole(*step)
+            losses.append(loss.item())
+            return loss, terms
+
+        loss_whole, method.loss_of = method.loss_of, loss_of
+        return whole(checkpoint, modules, method, *rest, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common.pretrain, "optimise", optimise)
+        seen, name = spy(patch), {"swav": "sinkhorn", "dino": "targets_of"}.get(method)
+        targets = record(patch, PLACES[method], name) if name else []
+        teacher = train_teacher(method, data, place, CPU, arch="resnet10", width=width, stem_padding=2, seed=0,
+                                precision="fp32", save_minutes=0.0, **settings)  # fmt: skip
+    start = dataclasses.replace(teacher, net=ResNet("resnet10", 1, width, "cifar", 2).eval())
+    start.net.load_state_dict(seen["before"]["net"])
+    losses, entropies = torch.tensor(losses).view(recipe["epochs"], -1).mean(1), None
+    if targets:
+        each = torch.stack([target[: recipe["batch"]].mean(0) for target in targets])
+        each = each.view(recipe["epochs"], -1, each.shape[1]).mean(1)
+        entropies = torch.special.entr(each).sum(1)
+    return teacher, losses, entropies, start
+
+
+def check_gain(teacher, start, data, least):
+    """The nearest labelled image is right more often than by the network before training, by `least` and beyond what
+    twenty paired draws of the labels scatter."""
+    after, before = (one_label(lambda x, of=of: of.targets(x, CPU), data) for of in (teacher, start))
+    gain = after - before
+    assert gain.mean() > least and gain.mean() > 3 * gain.std() / math.sqrt(len(gain))
+
+
+def check_loss(losses, entropies, least=0.5):
+    """What a training that works does to its loss: it falls, after the first epoch, which warms up and fills queues.
+
+    SwAV's and DINO's targets are made by what is trained, and the loss is no less than their own entropy: it falls when
+    they get sharper and rises when they spread over more prototypes, as DINO's do for most of a training. Of them the
+    loss is compared with that of the best answer that is the same for all images, the entropy of the mean target. Of
+    both collapses (all targets uniform: log K; all targets one and the same: 0) no answer is better than that one.
+    """
+    if entropies is None:
+        assert losses[-1] < 0.95 * losses[1]
+    else:
+        known = entropies - losses  # nats that the student knows of an image's target
+        assert known[-2:].mean() > least and known[-2:].mean() > known[:2].mean() + 0.3
+
+
+LEAST = dict(moco3=0.35, swav=0.35, dino=0.15, barlow=0.3, moco2=0.3, supervised=0.3)  # of one untrained at 0.21
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", CIFAR)
+def test_every_method_learns_digits(digits, capsys, tmp_path, method):
+    """Forty epochs (supervised twenty) of ResNet-10 of width 16."""
+    teacher, losses, entropies, start = train_recorded(method, digits, tmp_path, 16)
+    check_loss(losses, entropies)
+    check_gain(teacher, start, digits, LEAST[method])
+    assert "warning" not in capsys.readouterr().out and "collapsed" not in teacher.info
+    assert method == "supervised" or min(teacher.info["embedding_std"].values()) > 0.1
+
+
+FAST = dict(moco3=dict(epochs=8), swav=dict(epochs=6), dino=dict(epochs=8))
+LEAST_SOON = dict(moco3=0.1, swav=0.15, dino=0.06)
+
+
+@pytest.mark.parametrize("method", FAST)
+def test_methods_learn_digits_soon(digits, capsys, tmp_path, method):
+    """The same of a few epochs and width 8."""
+    teacher, losses, entropies, start = train_recorded(method, digits, tmp_path, 8, **FAST[method])
+    check_loss(losses, entropies, 0.1)
+    check_gain(teacher, start, digits, LEAST_SOON[method])
+    out = capsys.readouterr().out
+    assert "warning" not in out and "collapsed" not in teacher.info
+    assert out.count("embedding std") == len(teacher.info["embedding_std"]) == len(teacher.info["knn"])
+
+
+# ------------------------------------------------------------------------------------------------------------- collapse
+
+
+def test_a_collapse_is_told_once(few, monkeypatch, tmp_path, capsys, handlers):
+    """DINO whose targets are uniform because of their temperature, the loss log K at best: no image is told. The line
+    comes in the first epoch, once, also if the training stops and goes on; the teacher says so."""
+    trainer, settings = TRAINERS["dino"]
+    settings = settings | dict(temperature=20.0)
+    with monkeypatch.context() as patch:
+        signal_at(patch, common.dino, "cross_view_loss", signal.SIGTERM, 3)
+        with pytest.raises(Stopped):
+            trainer(few, tmp_path, CPU, **settings)
+    catch_signals()
+    losses = record(monkeypatch, common.dino, "cross_view_loss")
+    info = trainer(few, tmp_path, CPU, **settings).info
+    assert len(losses) == 3 and all(loss > math.log(12) - 1e-3 for loss in losses)
+    out = capsys.readouterr().out
+    (line,) = [line for line in out.splitlines() if "warning" in line]
+    assert line.startswith("teacher: warning: epoch 1: ") and "(std 0.0" in line and "collapses" in line
+    assert "change --teacher-lr or take another --teacher-method" in line
+    assert info["collapsed"] == 1 and list(info["embedding_std"]) == ["1", "2", "3"]
+    assert max(info["embedding_std"].values()) < 0.05
+
+
+@every
+def test_a_healthy_training_warns_of_nothing(made, few, tmp_path, capsys, kind):
+    trainer, settings = TRAINERS[kind]
+    info = trainer(few, tmp_path, CPU, **settings).info
+    out = capsys.readouterr().out
+    assert "warning" not in out and "collapsed" not in info
+    for epoch, value in info["embedding_std"].items():
+        assert f"epoch {epoch}/3 loss {info['loss'][epoch]:.3f}" in out and f"embedding std {value:.3f}" in out
+
+
+def test_a_collapse_at_any_epoch_is_told(few, monkeypatch, tmp_path, capsys):
+    """Also in an epoch of which no line is printed: of twelve, the fifth."""
+    stds = iter([0.5, 0.06, 0.05, 0.051, 0.049, 0.01, 0.9, *[0.01] * 5])
+    monkeypatch.setattr(common.moco, "embedding_std", lambda z: next(stds))
+    info = train_moco3(few, tmp_path, CPU, **TRAINERS["moco3"][1] | dict(epochs=12)).info
+    lines = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+    assert len(lines) == 1 and "epoch 5:" in lines[0] and "(std 0.049)" in lines[0] and info["collapsed"] == 5
+    assert info["embedding_std"] == {"1": 0.5, "2": 0.06, "4": 0.051, "6": 0.01, "8": 0.01, "10": 0.01, "12": 0.01}
+
+
+def test_what_is_watched(few, tmp_path):
+    """MoCo v3's queries, SwAV's assignments, DINO's targets: what is the same for all images when they collapse."""
+    for kind, name in (("moco3", "batch_contrast"), ("swav", "sinkhorn"), ("dino", "targets_of")):
+        method, _ = method_of(kind, few, tmp_path)
+        with pytest.MonkeyPatch.context() as patch:
+            results, asked = record(patch, PLACES[kind], name), []
+            whole = getattr(PLACES[kind], name)
+            patch.setattr(
+                PLACES[kind], name, lambda *args, asked=asked, whole=whole: asked.append(args) or whole(*args)
+            )
+            _, terms_of = method.loss_of(torch.arange(32), 1, 0)
+        watched = asked[0][0] if kind == "moco3" else results[0][:32]
+        assert terms_of() == {"embedding std": embedding_std(watched)}, kind
+
+
+# -------------------------------------------------------------------------------------------------------------- recipes
+
+Args = dataclasses.make_dataclass(
+    "Args",
+    [("teacher_method", str), ("teacher_width", int, 16)]
+    + [(f"teacher_{setting}", object, None) for setting in SETTINGS],
+)
+OF_ALL = dict(epochs=7, batch=5, lr=0.125, wd=0.25)
+VALUES = OF_ALL | dict(eta=0.5, projector=11, dim=13, temperature=0.75, key_momentum=0.375, queue=17, epsilon=0.625,
+                       prototypes=19, splits=3, mlp=True, crop_min=0.0625, small_crops=2, blur=True)  # fmt: skip
+NAMES = dict(wd="weight_decay", projector="projector_width")
+SIGNATURES = {method: inspect.signature(getattr(common.recipes, f"train_{method}")) for method in CIFAR}
+
+
+def handed_on(monkeypatch, data, method, values):
+    """The settings that train_teacher gives to the one function that it calls, which takes them."""
+    calls = []
+    for name in CIFAR:
+
+        def called(*args, _name=name, **kw):
+            calls.append((_name, dict(SIGNATURES[_name].bind(*args, **kw).arguments)))
+            return _name
+
+        monkeypatch.setattr(common.recipes, f"train_{name}", called)
+    settings = dict.fromkeys(SETTINGS) | values
+    settings["weight_decay"] = settings.pop("wd")
+    result = train_teacher(method, data, "place", CPU, arch="resnet10", width=3, stem_padding=1, seed=23,
+                           precision="bf16", save_minutes=0.5, **settings)  # fmt: skip
+    ((name, asked),) = calls
+    assert result == name == method
+    fixed = dict(data=data, teachers="place", device=CPU, arch="resnet10", width=3, stem_padding=1, seed=23,
+                 precision="bf16", save_minutes=0.5)  # fmt: skip
+    assert all(asked.pop(key) is value or value == 0.5 for key, value in fixed.items())
+    return asked
+
+
+@pytest.mark.parametrize("method", CIFAR)
+def test_every_setting_goes_to_its_argument(photographs, few, monkeypatch, method):
+    assert VALUES.keys() == set(SETTINGS) == set().union(*CIFAR.values())
+    expected = {NAMES.get(key, key): VALUES[key] for key in CIFAR[method]}
+    if method == "supervised":
+        for data, crop in ((few, "pad"), (photographs, "pad")):
+            assert handed_on(monkeypatch, data, method, VALUES) == expected | dict(crop=crop)
+        x = torch.zeros(2, 3, 48, 48, dtype=torch.uint8)
+        large = dataclasses.replace(photographs, x_train=x, x_test=x)
+        assert handed_on(monkeypatch, large, method, VALUES) == expected | dict(crop="resized")
+    else:
+        assert handed_on(monkeypatch, few, method, VALUES) == expected
+
+
+def test_every_preset_has_what_every_method_is_handed(few, monkeypatch):
+    """Of each preset the same settings, none of them missing; all within the limits, as flags."""
+    for preset, recipes in RECIPES.items():
+        assert recipes.keys() == CIFAR.keys()
+        for method, recipe in recipes.items():
+            assert recipe.keys() == CIFAR[method].keys(), (preset, method)
+            asked = handed_on(monkeypatch, few, method, recipe)
+            assert None not in asked.values()
+            asked.pop("crop", None)
+            assert asked == {NAMES.get(key, key): value for key, value in recipe.items()}
+            flags = {f"teacher_{setting}": value for setting, value in recipe.items()}
+            filled = fill_teacher(Args(method), preset, True)
+            assert filled == Args(method, **flags)
+            assert fill_teacher(filled, preset, True) == filled  # which checks the limits of what was filled
+    assert set(" ".join(LIMITS.values()).split()) == {
+        f"teacher_{setting}" for setting in {*SETTINGS, "width"} - {"mlp", "blur"}
+    }
+
+
+PUBLISHED = {
+    "moco3": dict(epochs=1000, batch=256, lr=0.3, wd=1e-6, eta=0.02, temperature=0.2, key_momentum=0.99, projector=4096,
+                  dim=256, crop_min=0.08, blur=False),
+    "swav": dict(epochs=1000, batch=256, lr=0.6, wd=1e-6, eta=0.02, temperature=0.1, epsilon=0.05, prototypes=3000,
+                 queue=3840, projector=2048, dim=128, crop_min=0.08, small_crops=0, blur=True),
+    "dino": dict(epochs=1000, batch=256, lr=0.3, wd=1e-6, eta=0.02, temperature=0.04, key_momentum=0.9995,
+                 prototypes=4096, projector=2048, dim=256, crop_min=0.08, small_crops=0, blur=False),
+    "barlow": dict(epochs=1000, batch=256, lr=0.3, wd=1e-4, eta=0.02, projector=2048, crop_min=0.08),
+    "moco2": dict(epochs=200, batch=512, lr=0.06, wd=5e-4, queue=4096, temperature=0.1, key_momentum=0.99, dim=128,
+                  splits=8, mlp=False, crop_min=0.08, blur=False),
+    "supervised": dict(epochs=200, batch=128, lr=0.1, wd=5e-4),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", CIFAR)
+def test_the_defaults_are_solo_learns(few, method):
+    """On CIFAR (DINO's temperature is the authors'), in the presets of 32 px and as the functions' own defaults."""
+    assert RECIPES["cifar10"][method] == RECIPES["cifar100"][method] == RECIPES["16px"][method] == PUBLISHED[method]
+    parameters = SIGNATURES[method].parameters
+    for key, value in PUBLISHED[method].items():
+        assert parameters[NAMES.get(key, key)].default == value, key
+    padding = 1 if method in ("moco2", "supervised") else 2
+    assert (parameters["stem_padding"].default, parameters["arch"].default) == (padding, "resnet18")
+
+
+@pytest.mark.parametrize("method", CIFAR)
+def test_flags_that_are_given_stay_and_foreign_ones_are_refused(method):
+    given = {f"teacher_{setting}": VALUES[setting] for setting in CIFAR[method]}
+    args = Args(method, **given)
+    assert fill_teacher(args, "digits", True) == args
+    for setting in SETTINGS:
+        args = Args(method, **{f"teacher_{setting}": VALUES[setting]})
+        if setting in CIFAR[method]:
+            filled = fill_teacher(args, "cifar10", True)
+            expected = {f"teacher_{key}": value for key, value in RECIPES["cifar10"][method].items()}
+            assert filled == Args(method, **expected | {f"teacher_{setting}": VALUES[setting]})
+        else:
+            owners = [name for name, recipe in CIFAR.items() if setting in recipe]
+            flag = f"--teacher-{setting.replace('_', '-')}"
+            line = refuse(
+                lambda args=args: fill_teacher(args, "cifar10", True), f"{flag}: --teacher-method {method} has"
+            )
+            assert f"({', '.join(owners)} have)" in line and line.endswith("drop the flag")
+            for falsy in (0, False, 0.0):  # is a value too
+                with pytest.raises(common.run.UserError):
+                    fill_teacher(Args(method, **{f"teacher_{setting}": falsy}), "cifar10", True)
+            assert common.recipes.without_foreign(args) == Args(method)
+    assert common.recipes.without_foreign(Args(method, **given)) == Args(method, **given)
+
+
+def test_labels_and_limits():
+    refuse(lambda: fill_teacher(Args("supervised"), "cifar10", False), "--teacher-method supervised", "no labels")
+    for method in CIFAR.keys() - {"supervised"}:
+        assert fill_teacher(Args(method), "cifar10", False).teacher_epochs
+    for method, flag, bad, good, words in (
+        ("swav", "epochs", 0, 1, "at least 1"),
+        ("swav", "batch", 1, 2, "at least 2"),
+        ("swav", "queue", -1, 0, "at least 0"),
+        ("dino", "small_crops", -1, 0, "at least 0"),
+        ("dino", "prototypes", 0, 1, "at least 1"),
+        ("moco3", "dim", 0, 1, "at least 1"),
+        ("moco3", "projector", 0, 1, "at least 1"),
+        ("moco2", "splits", 0, 1, "at least 1"),
+        ("moco3", "key_momentum", 1.01, 1, "in 0 .. 1"),
+        ("moco3", "key_momentum", -0.1, 0, "in 0 .. 1"),
+        ("moco3", "crop_min", 0, 0.0001, "in 0.0001 .. 1"),
+        ("moco3", "crop_min", 1.1, 1, "in 0.0001 .. 1"),
+        ("moco3", "lr", -0.1, 0, "in 0 .. 1e+06"),
+        ("moco3", "lr", math.inf, 1e6, "in 0 .. 1e+06"),
+        ("barlow", "eta", -0.1, 0, "in 0 .. 1e+06"),
+        ("barlow", "wd", math.nan, 0, "in 0 .. 1e+06"),
+        ("dino", "temperature", 0.0, 0.001, "at least 0.001"),
+        ("swav", "epsilon", 0.0, 0.001, "at least 0.001"),
+    ):
+        name = f"teacher_{flag}"
+        line = f"--teacher-{flag.replace('_', '-')} {bad}: must be {words}"
+        refuse(lambda m=method, n=name, b=bad: fill_teacher(Args(m, **{n: b}), "cifar10", True), line)
+        assert getattr(fill_teacher(Args(method, **{name: good}), "cifar10", True), name) == good
+    refuse(lambda: fill_teacher(Args("swav", teacher_width=0), "cifar10", True), "--teacher-width 0")
