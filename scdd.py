@@ -33,7 +33,8 @@ from common.augment import boxes, counter_uniform, cyclic_shift, resample, uploa
 from common.data import Data, Inputs, denormalise, describe, hold_out, load, normalise
 from common.models import ResNet, replace_norms
 from common.pretrain import quick_knn, train_probe, train_supervised
-from common.recipes import SETTINGS, fill_teacher, train_teacher, without_foreign
+from common.recipes import LIMITS as TEACHER_LIMITS
+from common.recipes import SETTINGS, fill_teacher, has, train_teacher, without_foreign
 from common.relabel import (
     SoftRecipe,
     StoredLabels,
@@ -687,8 +688,13 @@ def match_statistics(
 def analysis(args: Args, preset: str, data: Data, device: torch.device) -> dict:
     """--analyse: see common/analysis.py for what is measured."""
     check_limits(args, LIMITS | {(1, inf): LIMITS[1, inf] + " analyse_widths"})
+    check_limits(args, TEACHER_LIMITS)
     widths = args.analyse_widths or tuple(sorted({max(1, args.teacher_width // 2), args.teacher_width}))
     args = replace(args, analyse_methods=args.analyse_methods or ("supervised", "moco2"), analyse_widths=widths)
+    for setting in SETTINGS:
+        if getattr(args, f"teacher_{setting}") is not None and not any(has(m, setting) for m in args.analyse_methods):
+            flag = f"--teacher-{setting.replace('_', '-')}"
+            raise UserError(f"{flag}: none of {', '.join(args.analyse_methods)} has such a setting; drop the flag")
     jobs = []  # one network each
     for method in args.analyse_methods:
         for width in widths:
@@ -717,7 +723,8 @@ def analysis(args: Args, preset: str, data: Data, device: torch.device) -> dict:
     rows = {}
     for name, teacher in teachers.items():
         accuracy = align(args, teacher, data, device, run.folder)[1]
-        rows[name] = dict(probe=accuracy, knn=quick_knn(teacher.net, data, device)) | {
+        net = nn.Sequential(Rescale(data, teacher), teacher.net).to(device)
+        rows[name] = dict(probe=accuracy, knn=quick_knn(net, data, device)) | {
             key: teacher.info.get(key)
             for key in ("epochs", "batch", "lr", "seconds", "loss", "embedding_std", "collapsed")
         }
@@ -817,6 +824,13 @@ def main(args: Args) -> dict:
     preset = preset_name(PRESETS, args.preset, data.name, named, data.size)
     of = PRESETS[preset]
     if args.analyse:
+        of_files = dict(teacher=args.teacher, label_teacher=args.label_teacher)
+        others = dict(label_arch=args.label_arch, label_width=args.label_width)
+        for name, value in (of_files | others).items():
+            if value not in (None, "train") and not args.resume:
+                raise UserError(f"--{name.replace('_', '-')}: is not of --analyse; see --analyse-files and -widths")
+        if args.teacher_method != "moco2":
+            raise UserError("--teacher-method: is not of --analyse; see --analyse-methods")
         return analysis(fill(args, of), preset, data, device)
     for name in ("analyse_methods", "analyse_widths", "analyse_files"):
         if getattr(args, name) is not None:

@@ -107,7 +107,7 @@ def train_dino(
     fixed in the first epoch; projector_width: the head's hidden layer; dim: its last; crop_min: smallest area of the
     two large views; small_crops: further views (augment.small_side px) of areas below it, which the student alone sees
     (the paper's 8 at crop_min 0.14); blur: as for ImageNet, of all first, a tenth of the second and half of the small
-    views. save_minutes, errors and what is printed: see `train`; the embeddings that are watched are the targets.
+    views. save_minutes, errors and what is printed: see `train`; what is watched are targets and probabilities.
     """
     at_least_two(data)
     batch = min(batch, len(data.x_train))
@@ -168,7 +168,12 @@ def train_dino(
                 centre.lerp_(torch.cat(told).mean(0, keepdim=True), 1 - CENTRE)  # of use from the next step on
             scores = scores_of(*student, large, epoch == 0)
             scores += scores_of(*student, small, epoch == 0) if small else []
-            return cross_view_loss(scores, targets), lambda: {"embedding std": embedding_std(targets[0])}
+
+            def terms_of() -> dict[str, float]:
+                told = (scores[0] / STUDENT).softmax(1)
+                return {"embedding std": min(embedding_std(targets[0]), embedding_std(told))}
+
+            return cross_view_loss(scores, targets), terms_of
 
         return Method(
             torch.optim.SGD(fast, lr=lr, momentum=0.9),

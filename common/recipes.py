@@ -119,9 +119,14 @@ LIMITS = {
 }
 
 
+def has(method: str, setting: str) -> bool:
+    """Whether a method has the setting of the flag --teacher-SETTING."""
+    return setting in CIFAR[method]
+
+
 def without_foreign(args):
     """`args` with None in the place of the flags teacher_* that --teacher-method does not have."""
-    foreign = [setting for setting in SETTINGS if setting not in CIFAR[args.teacher_method]]
+    foreign = [setting for setting in SETTINGS if not has(args.teacher_method, setting)]
     return dataclasses.replace(args, **{f"teacher_{setting}": None for setting in foreign})
 
 
@@ -133,13 +138,15 @@ def fill_teacher(args, preset: str, labelled: bool):
     """
     method = args.teacher_method
     for setting in SETTINGS:
-        if setting not in CIFAR[method] and getattr(args, f"teacher_{setting}") is not None:
-            owners = ", ".join(name for name, recipe in CIFAR.items() if setting in recipe)
+        if not has(method, setting) and getattr(args, f"teacher_{setting}") is not None:
+            owners = ", ".join(name for name in CIFAR if has(name, setting))
             flag = f"--teacher-{setting.replace('_', '-')}"
             raise UserError(f"{flag}: --teacher-method {method} has no such setting ({owners} have); drop the flag")
     if method == "supervised" and not labelled:
         raise UserError("--teacher-method supervised: the data has no labels; make one subfolder a class")
     check_limits(args, LIMITS)
+    if method == "moco2" and args.teacher_queue == 0:
+        raise UserError("--teacher-queue 0: moco2 tells a key from those in the queue; must be at least 1")
     return fill(args, {f"teacher_{setting}": value for setting, value in RECIPES[preset][method].items()})
 
 

@@ -85,8 +85,8 @@ def train_swav(
     earlier embeddings that take part in the assignments from a twentieth of the epochs on (0: none); projector_width:
     the head's hidden layer; dim: of the embeddings; crop_min: smallest area of the two large views; small_crops:
     further views (augment.small_side px) of areas below it, which predict alone (the paper's 6 at crop_min 0.14);
-    blur: of half of the views. save_minutes, errors and what is printed: see `train`; the embeddings that are watched
-    are the assignments.
+    blur: of half of the views. save_minutes, errors and what is printed: see `train`; what is watched are assignments
+    and probabilities, as prototypes may become alike while embeddings stay apart.
     """
     at_least_two(data)
     batch = min(batch, len(data.x_train))
@@ -155,8 +155,12 @@ def train_swav(
                 codes.append(sinkhorn(score, epsilon)[:batch])
                 if queue:
                     enqueue_(own, part.detach(), seen)
-            # prototypes that grow alike leave the embeddings apart: the codes are what is watched
-            return swapped_loss(scores, codes, temperature), lambda: {"embedding std": embedding_std(codes[0])}
+
+            def terms_of() -> dict[str, float]:
+                told = (scores[0] / temperature).softmax(1)
+                return {"embedding std": min(embedding_std(codes[0]), embedding_std(told))}
+
+            return swapped_loss(scores, codes, temperature), terms_of
 
         return Method(
             torch.optim.SGD(params, lr=lr, momentum=0.9),

@@ -1276,7 +1276,7 @@ def test_the_memory_estimate_is_near_the_measured_peak(tmp_path, changes):
 
 def analysed(out_dir, **changes):
     few = dict(analyse=True, analyse_methods=("supervised", "moco2"), analyse_widths=(2, 4), steps=40)
-    return scdd.main(tiny(out_dir, **few | dict(teacher_epochs=1, label_epochs=1) | changes))
+    return scdd.main(tiny(out_dir, **few | dict(teacher_epochs=1, label_epochs=1, label_width=None) | changes))
 
 
 @pytest.fixture(scope="module")
@@ -1397,3 +1397,17 @@ def test_an_analysis_that_was_stopped_goes_on(analysis, tmp_path, monkeypatch):
     assert only_run(tmp_path) == folder
     own = lambda r: {name: {k: v for k, v in row.items() if k != "seconds"} for name, row in r["teachers"].items()}  # noqa: E731
     assert own(result) == own(analysis[1]) and result["analysis"] == analysis[1]["analysis"]
+
+
+FOREIGN = [
+    (dict(teacher="a file"), "--teacher:"), (dict(label_teacher="a file"), "--label-teacher:"),
+    (dict(label_width=4), "--label-width:"), (dict(teacher_method="dino"), "--teacher-method:"),
+    (dict(teacher_prototypes=7), "--teacher-prototypes: none of supervised, moco2"),
+    (dict(analyse_widths=None, teacher_width=0), "--teacher-width 0"), (dict(teacher_queue=0), "--teacher-queue 0"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "line"), FOREIGN, ids=[line for _, line in FOREIGN])
+def test_flags_that_an_analysis_does_not_know_are_refused(out, change, line):
+    refuse(lambda: analysed(out, **dict(label_width=None) | change), line)
+    assert [path.name for path in out.iterdir()] == ["teachers"]

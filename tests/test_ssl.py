@@ -551,16 +551,36 @@ def test_large_views_go_through_the_network_together_and_small_ones_together(pho
 
 
 @pytest.mark.parametrize(
-    ("kind", "crops", "expected"),
-    [("moco3", None, 2), ("swav", 0, 2), ("swav", 4, 2 + 4 * 9 / 64), ("dino", 0, 2), ("dino", 8, 2 + 8 * 9 / 64)],
-)
-def test_the_memory_asked_for_is_that_of_the_views(photographs, monkeypatch, tmp_path, kind, crops, expected):
+    ("kind", "crops", "views", "scores"),
+    [("moco3", None, 2, None), ("swav", 0, 2, (20 * 2 + 2 * 20) * 12), ("dino", 0, 2, 20 * 4 * 12),
+     ("swav", 4, 2 + 4 * 9 / 64, (20 * 6 + 2 * 20) * 12), ("dino", 8, 2 + 8 * 9 / 64, 20 * 12 * 12)],
+)  # fmt: skip
+def test_the_memory_asked_for(photographs, monkeypatch, tmp_path, kind, crops, views, scores):
+    """Of the views that have a gradient, by their pixels, and of the scores of all views, the queues' (20 each, an
+    epoch) and DINO's teacher's."""
     asked = []
     monkeypatch.setattr(PLACES[kind], "train", lambda *_, **options: asked.append(options))
     trainer, settings = TRAINERS[kind]
     trainer(photographs, tmp_path, CPU, **settings | (dict(small_crops=crops) if crops is not None else {}))
     flags = ("--teacher-batch", "--teacher-projector", "--teacher-lr")
-    assert asked == [dict(views=expected, flags=flags, save_minutes=10.0)]
+    expected = dict(views=views, flags=flags, save_minutes=10.0) | (dict(scores=scores) if scores else {})
+    assert asked == [expected]
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "images", "flag"),
+    [("moco3", dict(projector_width=2000), 1, "projector"), ("moco3", dict(), 10**6, "batch"),
+     ("swav", dict(prototypes=3000, dim=2, projector_width=1), 1, "prototypes"), ("dino", dict(), 10**6, "batch"),
+     ("dino", dict(prototypes=3000, dim=2, projector_width=1), 1, "prototypes")],
+    ids=str,
+)  # fmt: skip
+def test_too_little_memory_is_named_by_the_flag(few, monkeypatch, tmp_path, kind, change, images, flag):
+    """The views, the weights or the scores, whichever takes most."""
+    monkeypatch.setattr(common.run, "available_memory", lambda device: 1000)
+    monkeypatch.setattr(common.pretrain, "bytes_per_image", lambda net, x: images)
+    trainer, settings = TRAINERS[kind]
+    refuse(lambda: trainer(few, tmp_path, CPU, **settings | change), f"set by --teacher-{flag}: lower it")
+    assert not list(tmp_path.iterdir())
 
 
 def test_prototypes_and_queues_wait(few, tmp_path):
@@ -866,39 +886,64 @@ def test_a_collapse_is_told_once(few, monkeypatch, tmp_path, capsys, handlers):
     assert max(info["embedding_std"].values()) < 0.05
 
 
+def test_swav_that_collapses_is_told(digits, tmp_path, capsys):
+    """With too few prototypes in too many dimensions every score becomes the same: the loss is log K, and all
+    assignments and predictions differ by noise alone."""
+    changes = dict(epochs=5, dim=128, prototypes=64, small_crops=4, epsilon=0.05)
+    teacher, losses, entropies, _ = train_recorded("swav", digits, tmp_path, 8, **changes)
+    assert losses[-1] == pytest.approx(math.log(64), abs=0.03) and (entropies - losses)[-1] < 0.03
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+    assert f"epoch {teacher.info['collapsed']}:" in line and "collapses" in line
+
+
 @every
 def test_a_healthy_training_warns_of_nothing(made, few, tmp_path, capsys, kind):
     trainer, settings = TRAINERS[kind]
     info = trainer(few, tmp_path, CPU, **settings).info
     out = capsys.readouterr().out
     assert "warning" not in out and "collapsed" not in info
-    for epoch, value in info["embedding_std"].items():
-        assert f"epoch {epoch}/3 loss {info['loss'][epoch]:.3f}" in out and f"embedding std {value:.3f}" in out
+    lines = re.findall(r"epoch (\d)/3 loss (\S+) k-NN (\S+)% embedding std (\S+)$", out, re.MULTILINE)
+    assert [line[0] for line in lines] == list(info["embedding_std"]) == ["1", "2", "3"]
+    for epoch, loss, knn, std in lines:
+        assert float(loss) == pytest.approx(info["loss"][epoch], abs=6e-4)
+        assert float(std) == pytest.approx(info["embedding_std"][epoch], abs=6e-4)
+        assert float(knn) / 100 == pytest.approx(info["knn"][epoch], abs=6e-4)
 
 
 def test_a_collapse_at_any_epoch_is_told(few, monkeypatch, tmp_path, capsys):
     """Also in an epoch of which no line is printed: of twelve, the fifth."""
-    stds = iter([0.5, 0.06, 0.05, 0.051, 0.049, 0.01, 0.9, *[0.01] * 5])
+    stds = iter([0.5, 0.11, 0.1, 0.101, 0.099, 0.01, 0.9, *[0.01] * 5])
     monkeypatch.setattr(common.moco, "embedding_std", lambda z: next(stds))
     info = train_moco3(few, tmp_path, CPU, **TRAINERS["moco3"][1] | dict(epochs=12)).info
     lines = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
-    assert len(lines) == 1 and "epoch 5:" in lines[0] and "(std 0.049)" in lines[0] and info["collapsed"] == 5
-    assert info["embedding_std"] == {"1": 0.5, "2": 0.06, "4": 0.051, "6": 0.01, "8": 0.01, "10": 0.01, "12": 0.01}
+    assert len(lines) == 1 and "epoch 5:" in lines[0] and "(std 0.099)" in lines[0] and info["collapsed"] == 5
+    assert info["embedding_std"] == {"1": 0.5, "2": 0.11, "4": 0.101, "6": 0.01, "8": 0.01, "10": 0.01, "12": 0.01}
 
 
 def test_what_is_watched(few, tmp_path):
-    """MoCo v3's queries, SwAV's assignments, DINO's targets: what is the same for all images when they collapse."""
-    for kind, name in (("moco3", "batch_contrast"), ("swav", "sinkhorn"), ("dino", "targets_of")):
+    """MoCo v3's queries; of SwAV and DINO the less of the first targets' and of what the other view says of them: both
+    are the same for all images where they collapse."""
+    for kind, targets, loss in (("moco3", None, "batch_contrast"), ("swav", "sinkhorn", "swapped_loss"),
+                                ("dino", "targets_of", "cross_view_loss")):  # fmt: skip
         method, _ = method_of(kind, few, tmp_path)
         with pytest.MonkeyPatch.context() as patch:
-            results, asked = record(patch, PLACES[kind], name), []
-            whole = getattr(PLACES[kind], name)
+            asked, whole = [], getattr(PLACES[kind], loss)
             patch.setattr(
-                PLACES[kind], name, lambda *args, asked=asked, whole=whole: asked.append(args) or whole(*args)
+                PLACES[kind], loss, lambda *args, asked=asked, whole=whole: asked.append(args) or whole(*args)
             )
+            results = record(patch, PLACES[kind], targets) if targets else []
             _, terms_of = method.loss_of(torch.arange(32), 1, 0)
-        watched = asked[0][0] if kind == "moco3" else results[0][:32]
-        assert terms_of() == {"embedding std": embedding_std(watched)}, kind
+        if targets:
+            said = (asked[0][0][0].detach() * 10).softmax(1)  # all students' temperature is a tenth
+            expected = [embedding_std(results[0][:32]), embedding_std(said)]
+        else:
+            expected = [embedding_std(asked[0][0])]
+        assert terms_of() == {"embedding std": pytest.approx(min(expected), rel=1e-4)}, kind
+        for one in range(len(expected)):  # whichever is less
+            values = iter([0.3, 0.2] if one else [0.2, 0.3])
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(PLACES[kind], "embedding_std", lambda z, values=values: next(values))
+                assert terms_of() == {"embedding std": 0.2}
 
 
 # -------------------------------------------------------------------------------------------------------------- recipes
