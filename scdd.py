@@ -32,7 +32,7 @@ from common.artefact import load_distilled, save_distilled
 from common.augment import boxes, counter_uniform, cyclic_shift, resample, upload
 from common.data import Data, Inputs, denormalise, describe, hold_out, load, normalise
 from common.models import ResNet, replace_norms
-from common.pretrain import quick_knn, train_probe, train_supervised
+from common.pretrain import COLLAPSED, quick_knn, train_probe, train_supervised
 from common.recipes import LIMITS as TEACHER_LIMITS
 from common.recipes import SETTINGS, fill_teacher, has, train_teacher, without_foreign
 from common.relabel import (
@@ -660,6 +660,14 @@ def align(args: Args, teacher: Teacher, data: Data, device: torch.device, folder
     )
 
 
+def backend_words(args: Args, device: torch.device) -> str:
+    """What computes the statistics. Raises UserError for Triton where the device has none."""
+    try:
+        return kernels.describe("fp32", device, args.backend, "statistics")
+    except ValueError as error:
+        raise UserError(f"--backend: {error}") from None
+
+
 def match_statistics(
     function: Callable[[Tensor], tuple[Tensor, Tensor]],
     x: Tensor,
@@ -707,6 +715,8 @@ def analysis(args: Args, preset: str, data: Data, device: torch.device) -> dict:
     files = [
         load_teacher(spec, data, device, args.stem_padding, "--analyse-files") for spec in args.analyse_files or ()
     ]
+    print(f"data: {describe(data)}; preset {preset}")
+    print(backend_words(args, device))
     run = Run(__file__, args, data.name, data.content)
 
     # teacher
@@ -774,7 +784,8 @@ def teacher_table(rows: dict[str, dict]) -> str:
         for key, words in (("loss", "{0:.3g} to {1:.3g}"), ("embedding_std", "{1:.2f}")):
             values = list((row[key] or {}).values())
             cells.append(words.format(values[0], values[-1]) if values else "-")
-        cells[-1] += " (collapsed)" if row["collapsed"] else ""
+        if values and values[-1] < COLLAPSED:
+            cells[-1] += " (collapsed)"
         cells += [f"{100 * row['knn']:.1f}", f"{100 * row['probe']:.1f}"]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
@@ -823,6 +834,8 @@ def main(args: Args) -> dict:
     named = args.size in (None, SIZES[args.data]) if args.data in SIZES else data.native
     preset = preset_name(PRESETS, args.preset, data.name, named, data.size)
     of = PRESETS[preset]
+    if data.size < 4:
+        raise UserError(f"--size {data.size}: must be at least 4 pixels")
     if args.analyse:
         of_files = dict(teacher=args.teacher, label_teacher=args.label_teacher)
         others = dict(label_arch=args.label_arch, label_width=args.label_width)
@@ -844,14 +857,14 @@ def main(args: Args) -> dict:
         of = {flag: value for flag, value in of.items() if not flag.startswith("teacher_")}
         args = fill(args, of | dict(lr_img=args.sre2l_lr_img, r_bn=args.sre2l_r_bn))
     else:
+        if args.teacher not in (None, "train"):
+            of = {flag: value for flag, value in of.items() if flag != "teacher_epochs"}
         args = fill_teacher(fill(args, of), preset, data.labelled)
     check_limits(args, LIMITS)
     labels, counts = data.y_train.unique(return_counts=True)  # a part may lack some
     classes, smallest, n = data.num_classes, int(counts.min()), args.ipc * len(labels)
     if not 1 <= args.ipc <= smallest:
         raise UserError(f"--ipc {args.ipc}: must be 1 to {smallest}, the training images of the smallest class")
-    if data.size < 4:
-        raise UserError(f"--size {data.size}: must be at least 4 pixels")
     low, high = args.jitter
     if not -data.size < low <= high < data.size:
         raise UserError(f"--jitter {low} {high}: give two shifts in order, below the images' {data.size} pixels")
@@ -919,10 +932,7 @@ def main(args: Args) -> dict:
     else:
         check_memory({"rows of images": sets_of}, torch.device("cpu"))
     check_memory(phases, device)
-    try:
-        backend = kernels.describe("fp32", device, args.backend, "statistics")
-    except ValueError as error:  # Triton where the device has none
-        raise UserError(f"--backend: {error}") from None
+    backend = backend_words(args, device)
     print(backend)
     run = Run(__file__, args, data.name, data.content)
     run.cure = "lower --r-bn or --lr-img"

@@ -1,6 +1,6 @@
 """The settings of every way to train a teacher, by preset and method, and the call that trains one.
 
-All scripts take their teachers from here, so that one trained by one of them serves the others.
+All scripts take their teachers from here, so that one trained by one of them serves the others at the same flags.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from common.data import Data
 from common.dino import train_dino
 from common.moco import train_moco2, train_moco3
 from common.pretrain import train_supervised
-from common.run import UserError, check_limits, fill
+from common.run import UserError, check_limits, fill, load_args
 from common.swav import train_swav
 from common.teacher import Teacher
 
@@ -133,9 +133,19 @@ def without_foreign(args):
 def fill_teacher(args, preset: str, labelled: bool):
     """`args` with the flags teacher_* that --teacher-method has, where they are None, filled from RECIPES[preset].
 
-    Raises UserError for a flag that the method does not have or one out of its limits; for a supervised teacher of data
-    without labels.
+    Nothing is filled where --teacher names a network. Raises UserError for a flag that the method does not have, one
+    that such a network does not need, or one out of its limits; for a supervised teacher of data without labels.
     """
+    if args.resume and args.teacher_method != (begun := load_args(type(args), args.resume).teacher_method):
+        raise UserError(
+            f"--resume: --teacher-method was {begun}, now {args.teacher_method}; drop the flag or start a new run"
+        )
+    if args.teacher not in (None, "train", "file"):
+        for setting in SETTINGS:
+            if getattr(args, f"teacher_{setting}") is not None:
+                flag = f"--teacher-{setting.replace('_', '-')}"
+                raise UserError(f"{flag}: --teacher {args.teacher} is trained already; drop one of them")
+        return args
     method = args.teacher_method
     for setting in SETTINGS:
         if not has(method, setting) and getattr(args, f"teacher_{setting}") is not None:
@@ -186,7 +196,7 @@ def train_teacher(
                weight_decay=weight_decay, seed=seed, precision=precision, save_minutes=save_minutes)  # fmt: skip
     if method == "supervised":
         crop = "pad" if data.size < 48 else "resized"
-        return train_supervised(data, teachers, device, crop=crop, **own)
+        return train_supervised(data, teachers, device, crop=crop, flag="teacher", **own)
     if method == "moco2":
         return train_moco2(data, teachers, device, queue=queue, temperature=temperature, key_momentum=key_momentum,
                            dim=dim, splits=splits, mlp=mlp, crop_min=crop_min, blur=blur, **own)  # fmt: skip

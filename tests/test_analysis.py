@@ -637,6 +637,7 @@ def test_a_change_of_the_outputs_is_reported(monkeypatch):
         assert found["entropies"]["before"] == "as given"
 
 
+@pytest.mark.slow
 def test_flat_and_broken_statistics_reach_the_file_as_null(tmp_path):
     """Of a network as it is built (means 0, variances 1), a dead one, and one with a NaN: no word of warning."""
     nets = [ResNet("resnet10", width=4).eval() for _ in range(3)]

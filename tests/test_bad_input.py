@@ -18,6 +18,7 @@ from watched import REPO, flags, start
 
 import common.run
 from common.models import ResNet
+from common.recipes import SETTINGS
 from common.run import load_checkpoint
 
 
@@ -138,7 +139,10 @@ class Script:
         self.count = dashed(self.facts.count)
 
     def words(self, **changes) -> list[str]:
-        return flags(**self.facts.tiny | {"out_dir": self.out_dir, "data_dir": self.folder / "data"} | changes)
+        own = self.facts.tiny
+        if "teacher" in changes:  # which is trained already: no settings beside it
+            own = {key: value for key, value in own.items() if key.removeprefix("teacher_") not in SETTINGS}
+        return flags(**own | {"out_dir": self.out_dir, "data_dir": self.folder / "data"} | changes)
 
     def runs(self) -> list[Path]:
         if not self.out_dir.is_dir():

@@ -396,6 +396,7 @@ def test_dinos_full_checkpoint_converts(net, other, data, tmp_path):
     assert torch.equal(teacher.features(data.x_test, CPU), net(x))
 
 
+@pytest.mark.slow
 def test_barlow_twins_full_checkpoint_converts(net, other, data, tmp_path, monkeypatch):
     """Its optimizer names a function of the script that wrote it, which nobody else has."""
     state, path = barlow_full(net, other), tmp_path / "checkpoint.pth"
@@ -413,6 +414,7 @@ def test_barlow_twins_full_checkpoint_converts(net, other, data, tmp_path, monke
     assert torch.equal(teacher.features(data.x_test, CPU), net(normalise(data.x_test, *map(torch.tensor, IMAGENET))))
 
 
+@pytest.mark.slow
 def test_mocos_checkpoint_converts(net, other, data, tmp_path):
     """MoCo's of torch before 1.6, which were no zip archives."""
     path = tmp_path / "moco.pth.tar"

@@ -40,7 +40,10 @@ TINY = dict(
 
 
 def tiny(out_dir, **changes) -> Args:
-    return Args(**TINY | {"out_dir": str(out_dir)} | changes)
+    own = TINY
+    if changes.get("teacher", "train") != "train":  # trained already: no settings beside it
+        own = {key: value for key, value in own.items() if key.removeprefix("teacher_") not in SETTINGS}
+    return Args(**own | {"out_dir": str(out_dir)} | changes)
 
 
 @pytest.fixture(scope="module")

@@ -59,6 +59,8 @@ def tiny(out_dir, **changes):
     own = {key: value for key, value in TINY.items() if method != "supervised" or not key.startswith("teacher_")}
     if method not in ("moco2", "swav"):
         own.pop("teacher_queue", None)
+    if changes.get("teacher", "train") != "train":
+        own = {key: value for key, value in own.items() if key.removeprefix("teacher_") not in SETTINGS}
     return scdd.Args(**own | {"out_dir": str(out_dir)} | changes)
 
 

@@ -4,6 +4,7 @@ and goes on, digits, collapses, multi-crop, and the settings of every preset."""
 import dataclasses
 import inspect
 import math
+import re
 import signal
 from collections import deque
 
@@ -114,8 +115,8 @@ def naive_contrast(q, k, temperature):
     """2 T times the mean over queries of -log(exp(q k+ / T) / sum over keys of exp(q k / T))."""
     losses = []
     for i, query in enumerate(q):
-        scores = [(query * key).sum() / temperature for key in k]
-        losses.append(sum(score.exp() for score in scores).log() - scores[i])
+        scores = (k * query).sum(1) / temperature
+        losses.append(scores.exp().sum().log() - scores[i])
     return 2 * temperature * sum(losses) / len(losses)
 
 
@@ -145,8 +146,7 @@ def naive_cross(scores, targets, temperature):
                 continue
             for wanted, row in zip(target, view, strict=True):
                 logits = row / temperature
-                log_z = logits.exp().sum().log()
-                terms.append(-sum(p * (logit - log_z) for p, logit in zip(wanted, logits, strict=True)))
+                terms.append(-(wanted * (logits - logits.exp().sum().log())).sum())
     return sum(terms) / len(terms)
 
 
@@ -309,6 +309,10 @@ class Relu(nn.Module):
         return x.clamp(min=0)
 
 
+def params_of(state):
+    return sorted(key for key in state if key.endswith(("weight", "bias")))
+
+
 def naive_layers(state, kinds, prefix=""):
     """Layers by these kinds with the weights of a state dict, whose keys say the layer's number after the prefix."""
     layers = []
@@ -376,6 +380,7 @@ def test_moco3_is_the_naive_loop(request, in_double, monkeypatch, tmp_path, name
     before = seen["before"]
     assert same(before["key_net"], before["net"]) and same(before["key_head"], before["head"])
     layers = ["linear", "norm", "relu", "linear", "norm"]
+    assert params_of(before["head"]) == params_of(before["predictor"]) == ["0.weight", "1.bias", "1.weight", "3.weight"]
     fast, slow = (naive_net(before[part], channels=len(data.mean), padding=2) for part in ("net", "key_net"))
     head, key_head = (naive_layers(before[part], layers) for part in ("head", "key_head"))
     predictor = naive_layers(before["predictor"], layers[:4])
@@ -413,6 +418,7 @@ def test_swav_is_the_naive_loop(request, in_double, monkeypatch, tmp_path, name,
     before, small, size = seen["before"], settings["small_crops"], min(64, settings["queue"])
     assert teacher.info["queue"] == size
     net = naive_net(before["net"], channels=len(data.mean), padding=2)
+    assert params_of(before["head"]) == [f"{i}.{part}" for i in (0, 1, 3) for part in ("bias", "weight")]
     head = naive_layers(before["head"], ["linear", "norm", "relu", "linear"])
     clusters = before["prototypes"]["weight"].double().requires_grad_()
     queues = [deque(before[f"queue_{i}"]["keys"].double(), maxlen=size) for i in range(2) if size]
@@ -456,6 +462,8 @@ def test_dino_is_the_naive_loop(request, in_double, monkeypatch, tmp_path, name,
     _, seen, after, views = train_watched(monkeypatch, "dino", data, tmp_path, **settings)
     before, small = seen["before"], settings["small_crops"]
     assert same(before["student_net"], before["net"]) and same(before["student_head"], before["head"])
+    expected = [f"layers.{i}.{part}" for i in (0, 1, 3) for part in ("bias", "weight")]
+    assert params_of(before["head"]) == [*expected, "prototypes.weight"]
     nets, heads, clusters = {}, {}, {}
     for who in ("", "student_"):
         nets[who] = naive_net(before[f"{who}net"], channels=len(data.mean), padding=2)
@@ -819,7 +827,7 @@ def check_gain(teacher, start, data, least):
 
 
 def check_loss(losses, entropies, least=0.5):
-    """What a training that works does to its loss: it falls, after the first epoch, which warms up and fills queues.
+    """What a training that works does to its loss: it ends below the first epochs'.
 
     SwAV's and DINO's targets are made by what is trained, and the loss is no less than their own entropy: it falls when
     they get sharper and rises when they spread over more prototypes, as DINO's do for most of a training. Of them the
@@ -827,7 +835,7 @@ def check_loss(losses, entropies, least=0.5):
     both collapses (all targets uniform: log K; all targets one and the same: 0) no answer is better than that one.
     """
     if entropies is None:
-        assert losses[-1] < 0.95 * losses[1]
+        assert losses[-1] < 0.95 * losses[:2].mean()
     else:
         known = entropies - losses  # nats that the student knows of an image's target
         assert known[-2:].mean() > least and known[-2:].mean() > known[:2].mean() + 0.3
@@ -847,7 +855,7 @@ def test_every_method_learns_digits(digits, capsys, tmp_path, method):
     assert method == "supervised" or min(teacher.info["embedding_std"].values()) > 0.1
 
 
-FAST = dict(moco3=dict(epochs=8), swav=dict(epochs=6), dino=dict(epochs=8))
+FAST = dict(moco3=dict(epochs=6), swav=dict(epochs=6), dino=dict(epochs=8))
 LEAST_SOON = dict(moco3=0.1, swav=0.15, dino=0.06)
 
 
@@ -912,12 +920,12 @@ def test_a_healthy_training_warns_of_nothing(made, few, tmp_path, capsys, kind):
 
 def test_a_collapse_at_any_epoch_is_told(few, monkeypatch, tmp_path, capsys):
     """Also in an epoch of which no line is printed: of twelve, the fifth."""
-    stds = iter([0.5, 0.11, 0.1, 0.101, 0.099, 0.01, 0.9, *[0.01] * 5])
+    stds = iter([0.5, 0.09, 0.08, 0.081, 0.079, 0.01, 0.9, *[0.01] * 5])
     monkeypatch.setattr(common.moco, "embedding_std", lambda z: next(stds))
     info = train_moco3(few, tmp_path, CPU, **TRAINERS["moco3"][1] | dict(epochs=12)).info
     lines = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
-    assert len(lines) == 1 and "epoch 5:" in lines[0] and "(std 0.099)" in lines[0] and info["collapsed"] == 5
-    assert info["embedding_std"] == {"1": 0.5, "2": 0.11, "4": 0.101, "6": 0.01, "8": 0.01, "10": 0.01, "12": 0.01}
+    assert len(lines) == 1 and "epoch 5:" in lines[0] and "(std 0.079)" in lines[0] and info["collapsed"] == 5
+    assert info["embedding_std"] == {"1": 0.5, "2": 0.09, "4": 0.081, "6": 0.01, "8": 0.01, "10": 0.01, "12": 0.01}
 
 
 def test_what_is_watched(few, tmp_path):
