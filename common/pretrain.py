@@ -41,7 +41,7 @@ from common.teacher import FORMAT, Teacher, digest_of, freeze, load_own, short
 
 CHECKPOINT = "teacher checkpoint 2"
 PROBE = "probe 1"
-COLLAPSED = 0.08  # an embedding_std below it: collapses were seen at 0.015 to 0.07, healthy ones from 0.1 on
+COLLAPSED = 0.08  # an embedding_std below it twice: collapses were seen at 0.015 to 0.07, others once at 0.06
 
 
 @dataclass
@@ -168,11 +168,12 @@ def train(
     for module in modules.values():
         module.to(device, memory_format=torch.channels_last)  # faster on CPU and GPU alike
     net, epochs = modules["net"], info["epochs"]
-    measured = {"loss": {}, "knn": {}, "embedding_std": {}}  # by epoch
+    measured = {"loss": {}, "knn": {}, "embedding_std": {}, "low": 0}  # by epoch; epochs in a row that look collapsed
 
     def at_epoch(epoch: int, value: float, terms: dict[str, float]) -> None:
         std = terms.get("embedding std", 1.0)
-        if std < COLLAPSED and not measured.get("collapsed"):
+        measured["low"] = measured["low"] + 1 if std < COLLAPSED else 0
+        if measured["low"] == 2 and "collapsed" not in measured:
             measured["collapsed"] = epoch
             tqdm.write(
                 f"teacher: warning: epoch {epoch}: the embeddings of all images are nearly the same (std {std:.3f}), "
@@ -205,6 +206,7 @@ def train(
         mend=f"lower {flags[2]}; the last good checkpoint stays in {folder}",
         save_minutes=save_minutes,
     )
+    del measured["low"]
     info = info | measured | {"seconds": round(seconds, 1)}
     weights = dict(net.state_dict())
     if "fc" in modules:

@@ -875,7 +875,7 @@ def test_methods_learn_digits_soon(digits, capsys, tmp_path, method):
 
 def test_a_collapse_is_told_once(few, monkeypatch, tmp_path, capsys, handlers):
     """DINO whose targets are uniform because of their temperature, the loss log K at best: no image is told. The line
-    comes in the first epoch, once, also if the training stops and goes on; the teacher says so."""
+    comes in the second epoch, once, also if the training stops and goes on; the teacher says so."""
     trainer, settings = TRAINERS["dino"]
     settings = settings | dict(temperature=20.0)
     with monkeypatch.context() as patch:
@@ -888,16 +888,17 @@ def test_a_collapse_is_told_once(few, monkeypatch, tmp_path, capsys, handlers):
     assert len(losses) == 3 and all(loss > math.log(12) - 1e-3 for loss in losses)
     out = capsys.readouterr().out
     (line,) = [line for line in out.splitlines() if "warning" in line]
-    assert line.startswith("teacher: warning: epoch 1: ") and "(std 0.0" in line and "collapses" in line
+    assert line.startswith("teacher: warning: epoch 2: ") and "(std 0.0" in line and "collapses" in line
     assert "change --teacher-lr or take another --teacher-method" in line
-    assert info["collapsed"] == 1 and list(info["embedding_std"]) == ["1", "2", "3"]
+    assert info["collapsed"] == 2 and list(info["embedding_std"]) == ["1", "2", "3"]
     assert max(info["embedding_std"].values()) < 0.05
 
 
+@pytest.mark.slow
 def test_swav_that_collapses_is_told(digits, tmp_path, capsys):
     """With too few prototypes in too many dimensions every score becomes the same: the loss is log K, and all
     assignments and predictions differ by noise alone."""
-    changes = dict(epochs=5, dim=128, prototypes=64, small_crops=4, epsilon=0.05)
+    changes = dict(epochs=10, dim=128, prototypes=64, small_crops=6, epsilon=0.05)
     teacher, losses, entropies, _ = train_recorded("swav", digits, tmp_path, 8, **changes)
     assert losses[-1] == pytest.approx(math.log(64), abs=0.03) and (entropies - losses)[-1] < 0.03
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
@@ -919,13 +920,13 @@ def test_a_healthy_training_warns_of_nothing(made, few, tmp_path, capsys, kind):
 
 
 def test_a_collapse_at_any_epoch_is_told(few, monkeypatch, tmp_path, capsys):
-    """Also in an epoch of which no line is printed: of twelve, the fifth."""
-    stds = iter([0.5, 0.09, 0.08, 0.081, 0.079, 0.01, 0.9, *[0.01] * 5])
+    """Also in an epoch of which no line is printed: of twelve, the seventh, the second in a row; and once alone."""
+    stds = iter([0.5, 0.09, 0.08, 0.079, 0.081, 0.079, 0.078, *[0.01] * 5])
     monkeypatch.setattr(common.moco, "embedding_std", lambda z: next(stds))
     info = train_moco3(few, tmp_path, CPU, **TRAINERS["moco3"][1] | dict(epochs=12)).info
     lines = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
-    assert len(lines) == 1 and "epoch 5:" in lines[0] and "(std 0.079)" in lines[0] and info["collapsed"] == 5
-    assert info["embedding_std"] == {"1": 0.5, "2": 0.09, "4": 0.081, "6": 0.01, "8": 0.01, "10": 0.01, "12": 0.01}
+    assert len(lines) == 1 and "epoch 7:" in lines[0] and "(std 0.078)" in lines[0] and info["collapsed"] == 7
+    assert info["embedding_std"] == {"1": 0.5, "2": 0.09, "4": 0.079, "6": 0.079, "8": 0.01, "10": 0.01, "12": 0.01}
 
 
 def test_what_is_watched(few, tmp_path):
