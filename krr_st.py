@@ -396,7 +396,8 @@ def main(args: Args) -> dict:
     check_limits(args, {(0, 0.9): "holdout"})
     data, curve_data = hold_out(data, args.holdout, args.split_seed) if args.holdout else (data, data)
     preset = preset_name(PRESETS, args.preset, data.name, data.native, data.size)
-    args = fill_teacher(fill(args, PRESETS[preset]), preset, data.labelled)
+    recipe = "tiny_imagenet" if preset == "imagenet" else preset  # both of 64 px here
+    args = fill_teacher(fill(args, PRESETS[preset]), recipe, data.labelled)
     check_limits(args, LIMITS)
     if data.size < 4:
         raise UserError(f"--size {data.size}: must be at least 4, the network halves it {len(args.widths)} times")

@@ -176,9 +176,9 @@ class Args:
     teacher_width: int | None = None
     """channels of its first stage (64 published); None: from the preset"""
     teacher_epochs: int | None = None
-    """its epochs (200 published); None, here and below: the method's, common/recipes.py"""
+    """its epochs (200 published); None: from the preset"""
     teacher_batch: int | None = None
-    """its batch"""
+    """its batch; None, here and below: the method's, common/recipes.py"""
     teacher_lr: float | None = None
     """its learning rate: per 256 images where LARS optimises (all but moco2 and supervised)"""
     teacher_wd: float | None = None
@@ -699,10 +699,6 @@ def analysis(args: Args, preset: str, data: Data, device: torch.device) -> dict:
     check_limits(args, TEACHER_LIMITS)
     widths = args.analyse_widths or tuple(sorted({max(1, args.teacher_width // 2), args.teacher_width}))
     args = replace(args, analyse_methods=args.analyse_methods or ("supervised", "moco2"), analyse_widths=widths)
-    for setting in SETTINGS:
-        if getattr(args, f"teacher_{setting}") is not None and not any(has(m, setting) for m in args.analyse_methods):
-            flag = f"--teacher-{setting.replace('_', '-')}"
-            raise UserError(f"{flag}: none of {', '.join(args.analyse_methods)} has such a setting; drop the flag")
     jobs = []  # one network each
     for method in args.analyse_methods:
         for width in widths:
@@ -715,16 +711,25 @@ def analysis(args: Args, preset: str, data: Data, device: torch.device) -> dict:
     files = [
         load_teacher(spec, data, device, args.stem_padding, "--analyse-files") for spec in args.analyse_files or ()
     ]
+    names = [teacher.name for teacher in files]
+    if len(set(names)) < len(names):
+        raise UserError(f"--analyse-files: two networks have one name ({', '.join(names)}); rename a file or folder")
     print(f"data: {describe(data)}; preset {preset}")
+    stem = "cifar" if data.size <= 96 else "imagenet"
+    shape = (args.teacher_arch, data.channels, max(widths), stem, args.stem_padding)
+    batch = min(args.recover_batch, len(data.x_train))
+    with torch.device("meta"):
+        function, x = with_statistics(ResNet(*shape), backend="torch"), torch.zeros(2, *data.x_train.shape[1:])
+        image = bytes_per_image(lambda x: function(x)[0], x.requires_grad_())
+    check_memory({"statistics": {"--recover-batch": int(1.5 * batch * image)}}, device)
     print(backend_words(args, device))
     run = Run(__file__, args, data.name, data.content)
 
     # teacher
     with seeded("untrained", args.teacher_seed):
-        stem = "cifar" if data.size <= 96 else "imagenet"
-        blank = ResNet(args.teacher_arch, data.channels, max(widths), stem, args.stem_padding)
-    name = f"untrained {args.teacher_arch}x{max(widths)}"
-    teachers = {name: Teacher(freeze(blank), blank.dim, data.mean, data.std, name, {}, None)}
+        blank = ResNet(*shape)
+    untrained = f"untrained {args.teacher_arch}x{max(widths)}"
+    teachers = {untrained: Teacher(freeze(blank), blank.dim, data.mean, data.std, untrained, {}, None)}
     for own in jobs:
         name = f"{own.teacher_method} {own.teacher_arch}x{own.teacher_width}"
         supervised = own.teacher_method == "supervised"
@@ -740,7 +745,6 @@ def analysis(args: Args, preset: str, data: Data, device: torch.device) -> dict:
         }
 
     # evaluation
-    batch = min(args.recover_batch, len(data.x_train))
     smallest = int(data.y_train.unique(return_counts=True)[1].min())
     each = min(smallest, -(-batch // data.num_classes))
     chosen = in_order(per_class(data.y_train, each, "floor", args.seed), each)[:batch]
@@ -765,7 +769,7 @@ def analysis(args: Args, preset: str, data: Data, device: torch.device) -> dict:
                 nn.Sequential(Rescale(data, teacher), teacher.net).to(device),
             )
             for name, teacher in teachers.items()
-            if not name.startswith("untrained")
+            if name != untrained
         ]
         title = f"{data.name}, {args.teacher_arch}"
         found = analyse(models, images, function, recover, run.folder, title, args.first_bn_multiplier)
@@ -844,6 +848,12 @@ def main(args: Args) -> dict:
                 raise UserError(f"--{name.replace('_', '-')}: is not of --analyse; see --analyse-files and -widths")
         if args.teacher_method != "moco2":
             raise UserError("--teacher-method: is not of --analyse; see --analyse-methods")
+        methods = args.analyse_methods or ("moco2",)
+        for setting in () if args.resume else SETTINGS:
+            owned = any(has(method, setting) for method in methods if method != "supervised")  # which has --label-*
+            if getattr(args, f"teacher_{setting}") is not None and not owned:
+                flag = f"--teacher-{setting.replace('_', '-')}"
+                raise UserError(f"{flag}: none of {', '.join(methods)} has such a setting; drop the flag")
         return analysis(fill(args, of), preset, data, device)
     for name in ("analyse_methods", "analyse_widths", "analyse_files"):
         if getattr(args, name) is not None:

@@ -49,7 +49,9 @@ class Head(nn.Module):
     def forward(self, x: Tensor, frozen: bool = False) -> Tensor:
         """(B, d_in) -> (B, prototypes); frozen: the prototypes get no gradient."""
         weight = self.prototypes.weight.detach() if frozen else self.prototypes.weight
-        return F.normalize(self.layers(x), dim=1) @ F.normalize(weight, dim=1).T
+        z = F.normalize(self.layers(x).to(weight.dtype), dim=1)
+        with torch.autocast(x.device.type, enabled=False):  # bfloat16 would move the cosines by 0.002
+            return z @ F.normalize(weight, dim=1).T
 
 
 class Centre(nn.Module):
@@ -69,8 +71,8 @@ def targets_of(scores: Tensor, centre: Tensor, temperature: float) -> Tensor:
 def cross_view_loss(scores: list[Tensor], targets: list[Tensor], temperature: float = STUDENT) -> Tensor:
     """Mean over the targets (B, K) of the first views, and over all other views, of the cross-entropy of a view's
     scores (B, K) divided by the temperature (paper, equation 3)."""
-    pairs = [(target, view) for i, target in enumerate(targets) for j, view in enumerate(scores) if i != j]
-    losses = [-(target * F.log_softmax(view / temperature, 1)).sum(1).mean() for target, view in pairs]
+    logs = [F.log_softmax(view / temperature, 1) for view in scores]
+    losses = [-(target * log).sum(1).mean() for i, target in enumerate(targets) for j, log in enumerate(logs) if i != j]
     return torch.stack(losses).mean()
 
 

@@ -179,7 +179,7 @@ def train(
                 f"teacher: warning: epoch {epoch}: the embeddings of all images are nearly the same (std {std:.3f}), "
                 f"the training collapses: change {flags[2]} or take another --teacher-method"
             )
-        if epoch % max(1, epochs // 5) and epoch != 1:
+        if epoch % max(1, epochs // 5) and epoch not in (1, epochs):
             return
         measured["loss"][str(epoch)] = round(value, 4)
         words = f"teacher: epoch {epoch}/{epochs} loss {value:.3f}"

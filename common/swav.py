@@ -47,8 +47,8 @@ def sinkhorn(scores: Tensor, epsilon: float, iterations: int = 3) -> Tensor:
 def swapped_loss(scores: list[Tensor], codes: list[Tensor], temperature: float) -> Tensor:
     """Mean over the codes (B, K) of the first views, and over all other views, of the cross-entropy of a view's
     scores (B, K) divided by the temperature."""
-    pairs = [(code, view) for i, code in enumerate(codes) for j, view in enumerate(scores) if i != j]
-    losses = [-(code * F.log_softmax(view / temperature, 1)).sum(1).mean() for code, view in pairs]
+    logs = [F.log_softmax(view / temperature, 1) for view in scores]
+    losses = [-(code * log).sum(1).mean() for i, code in enumerate(codes) for j, log in enumerate(logs) if i != j]
     return torch.stack(losses).mean()
 
 

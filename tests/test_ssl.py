@@ -959,7 +959,7 @@ def test_what_is_watched(few, tmp_path):
 
 Args = dataclasses.make_dataclass(
     "Args",
-    [("teacher_method", str), ("teacher_width", int, 16)]
+    [("teacher_method", str), ("teacher_width", int, 16), ("teacher", object, None), ("resume", object, None)]
     + [(f"teacher_{setting}", object, None) for setting in SETTINGS],
 )
 OF_ALL = dict(epochs=7, batch=5, lr=0.125, wd=0.25)
@@ -988,6 +988,7 @@ def handed_on(monkeypatch, data, method, values):
     fixed = dict(data=data, teachers="place", device=CPU, arch="resnet10", width=3, stem_padding=1, seed=23,
                  precision="bf16", save_minutes=0.5)  # fmt: skip
     assert all(asked.pop(key) is value or value == 0.5 for key, value in fixed.items())
+    assert asked.pop("flag", "teacher") == "teacher"  # in the errors of the supervised one
     return asked
 
 
