@@ -611,5 +611,5 @@ def plot_signal(path: Path, result: dict) -> None:
         right.plot(range(1, len(y) + 1), y, lw=1.1, ms=3, label=model["name"], **styles[model["name"]])
     log_if_positive(right)
     over_layers(right, "norm of the gradient of each layer's term with respect to noise images (raw)")
-    right.legend(fontsize=8)
+    right.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
     save(figure, path, f"{result['title']}: the signal for recovery")

@@ -445,6 +445,52 @@ def test_recovered_cifar100_is_below_the_floor_and_known_at_five_times_chance():
     assert r["seconds"] < 40 * 60
 
 
+def test_every_teacher_learns():
+    """The claim of the tables of teachers: probes above the untrained network's, by far on digits; no collapse."""
+    for name, gain in (("digits.json", 0.3), ("cifar10_reduced.json", 0.04)):
+        rows = of("teachers", name)["teachers"]
+        untrained = next(row["probe"] for key, row in rows.items() if key.startswith("untrained"))
+        trained = {key: row for key, row in rows.items() if not key.startswith("untrained")}
+        assert {key.split()[0] for key in trained} == {"supervised", "barlow", "moco2", "moco3", "swav", "dino"}
+        for key, row in trained.items():
+            assert row["probe"] > untrained + gain and not row["collapsed"], (name, key)
+
+
+def test_scale_explains_the_raw_statistics_and_not_the_others():
+    """The claims of the analysis of CIFAR-10."""
+    models = {m["family"]: m for m in of("teachers", "cifar10_reduced.json")["analysis"]["models"]}
+    h = lambda kind: {name: m["mean"]["entropies"][kind]["gaussian"]["var"] for name, m in models.items()}  # noqa: E731
+    raw, free = h("raw"), h("scale_free")
+    assert raw["moco2"] < raw["supervised"] < min(raw["barlow"], raw["swav"]) - 4
+    assert (
+        max(free[name] for name in ("moco2", "moco3", "dino")) < free["supervised"] < min(free["barlow"], free["swav"])
+    )
+    ranges = {name: m["signal"]["range"] for name, m in models.items()}
+    assert (
+        f"{ranges.pop('supervised'):.1f}" == "1.5"
+        and min(ranges.values()) > 1.9
+        and f"{max(ranges.values()):.1f}" == "7.8"
+    )
+    for m in models.values():
+        (scale,) = (scale for scale in m["scale"] if scale["k"] == 4)
+        assert scale["outputs_change"] == 0 and 11 < scale["gradient"]["after"] / scale["gradient"]["before"] < 16
+        before, after = (scale["entropies"][when] for when in ("before", "after"))
+        for of_what, rise in (("mu", 1.3863), ("var", 2.7726)):
+            assert abs(after["raw"]["gaussian"][of_what] - before["raw"]["gaussian"][of_what] - rise) < 1e-3
+            assert abs(after["scale_free"]["gaussian"][of_what] - before["scale_free"]["gaussian"][of_what]) < 1e-4
+
+
+def test_digits_do_not_bear_out_what_scdd_holds_of_size_and_signal():
+    """The claims of the analysis of digits."""
+    models = {(m["family"], m["size"]): m for m in of("teachers", "digits.json")["analysis"]["models"]}
+    ranges = {key: m["signal"]["range"] for key, m in models.items()}
+    own = [f"{ranges.pop(('supervised', width)):.1f}" for width in (8, 16)]
+    assert own == ["3.2", "3.3"] and (f"{min(ranges.values()):.1f}", f"{max(ranges.values()):.1f}") == ("0.9", "2.0")
+    h = {key: m["mean"]["entropies"]["scale_free"]["gaussian"]["var"] for key, m in models.items()}
+    rising = {family for family, _ in h if h[family, 16] > h[family, 8]}
+    assert rising == {"supervised", "barlow"} and len(h) == 12
+
+
 def test_recovery_costs_less_than_with_hooks():
     rows = {row["variant"]: row for row in of("scdd", "speed.json")["rows"]}
     assert rows["ours"]["times_less"] >= 1.1 and rows["ours, compiled"]["times_less"] >= 1.25
