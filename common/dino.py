@@ -70,7 +70,7 @@ def targets_of(scores: Tensor, centre: Tensor, temperature: float) -> Tensor:
 
 def cross_view_loss(scores: list[Tensor], targets: list[Tensor], temperature: float = STUDENT) -> Tensor:
     """Mean over the targets (B, K) of the first views, and over all other views, of the cross-entropy of a view's
-    scores (B, K) divided by the temperature (paper, equation 3)."""
+    scores (B, K) divided by the temperature (the paper's multi-crop loss)."""
     logs = [F.log_softmax(view / temperature, 1) for view in scores]
     losses = [-(target * log).sum(1).mean() for i, target in enumerate(targets) for j, log in enumerate(logs) if i != j]
     return torch.stack(losses).mean()

@@ -34,8 +34,8 @@ SMALLEST = 0.05 / 0.14  # area of the smallest small view, in that of the smalle
 @torch.no_grad()
 def sinkhorn(scores: Tensor, epsilon: float, iterations: int = 3) -> Tensor:
     """Codes (B, K) of scores (B, K): exp(scores / epsilon) with columns and rows scaled in turn, so that all prototypes
-    get the same share of the batch, and last each row sums to 1 (paper, section 3.1). In logarithms, so that nothing
-    underflows.
+    get the same share of the batch, and last each row sums to 1 (the paper's soft assignments). In logarithms, so that
+    nothing underflows.
     """
     log_codes = scores / epsilon
     for _ in range(iterations):
