@@ -2,8 +2,9 @@
 
 Tensors: x (N, C, H, W) in pixel units (1.0 = white; not clamped: a learned image may leave [0, 1]), y (targets or
 labels), mean and std (C,), and where the networks saw whitened images zca (D, D) and zca_mean (C, H, W). They saw
-(x - mean) / std, or ((x - mean) / std - zca_mean) @ zca, phase by phase: see common.data.to_phases. Metadata: strings
-only, see `save_distilled`.
+(x - mean) / std, or ((x - mean) / std - zca_mean) @ zca, phase by phase: see common.data.to_phases. A set that is
+stored as a low-rank code has the tensors of common/bases.py in place of x and y, which loading decodes. Metadata:
+strings only, see `save_distilled`.
 """
 
 import json
@@ -18,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from common.data import Zca, mix_pixels
+from common.bases import Code
+from common.data import Zca, denormalise, mix_pixels
 from common.run import UserError, commit, first_line, rng, seeded, write_atomic
 
 FORMAT = "distilled 1"
@@ -43,6 +45,7 @@ class Distilled:
     meta: dict = field(default_factory=dict)  # everything else in the file: teacher, commit, content hash, storage
     zca: Tensor | None = None  # (D, D) the whitening, None without
     zca_mean: Tensor | None = None  # (C, H, W), of the normalised training images
+    code: Code | None = None  # what x and y were decoded from: all images, then the first view of all, and so on
 
     @property
     def channels(self) -> int:
@@ -64,8 +67,8 @@ class Distilled:
 
 def save_distilled(
     path: str | Path,
-    x: Tensor,
-    y: Tensor,
+    x: Tensor | None,
+    y: Tensor | None,
     mean: Tensor,
     std: Tensor,
     *,
@@ -80,18 +83,24 @@ def save_distilled(
     recipe: dict,
     teacher: dict | None = None,
     zca: Zca | None = None,
+    code: Code | None = None,
     extra: dict | None = None,
 ) -> None:
     """Write the set to `path` (temporary name, then rename). Raises UserError if it cannot.
 
     x: in pixel units; zca: what whitened the networks' images, so that of whitened x_s these are
-    denormalise(zca.undo(x_s), mean, std). extra: more metadata, what JSON can hold; `load_distilled` returns it in
-    `meta`. storage_bytes counts x, y, mean and std, zca_bytes the whitening.
+    denormalise(zca.undo(x_s), mean, std). code: the set as it is stored, x and y are None then. extra: more metadata,
+    what JSON can hold; `load_distilled` returns it in `meta`. storage_bytes counts all tensors but the whitening, which
+    zca_bytes does.
     """
-    tensors = {"x": x, "y": y, "mean": mean, "std": std}
+    if code is not None and zca is not None:
+        raise ValueError("a set of bases is not whitened")
+    tensors = {"mean": mean, "std": std} | ({"x": x, "y": y} if code is None else {})
     if zca is not None:
         tensors |= {"zca": zca.matrix, "zca_mean": zca.mean}
     tensors = {key: value.detach().float().cpu().contiguous().clone() for key, value in tensors.items()}
+    if code is not None:
+        tensors |= {key: value.detach().cpu().contiguous().clone() for key, value in code.tensors.items()}
     size = {key: value.nbytes for key, value in tensors.items()}
     zca_bytes = sum(size.pop(key, 0) for key in ("zca", "zca_mean"))
     meta = dict(
@@ -102,8 +111,8 @@ def save_distilled(
         y_is=y_is,
         class_names=class_names,
         resize=resize,
-        channels=x.shape[1],
-        num_images=len(x),
+        channels=len(mean),
+        num_images=len(tensors["x" if code is None else "c_x"]),
         step=step,
         seed=seed,
         recipe=recipe,
@@ -113,6 +122,8 @@ def save_distilled(
         commit=commit() or "unknown",
     )
     text = {key: value if isinstance(value, str) else json.dumps(value) for key, value in meta.items()}
+    if code is not None:
+        text["code"] = json.dumps(code.facts())
     extra = extra or {}
     if taken := extra.keys() & (meta.keys() | Distilled.__dataclass_fields__.keys()):
         raise ValueError(f"extra metadata {sorted(taken)}: these names are taken")
@@ -123,7 +134,7 @@ def save_distilled(
 def load_distilled(path: str | Path, method: str | None = None) -> Distilled:
     """Read a file that `save_distilled` wrote.
 
-    Raises UserError if it is missing, truncated, of another format version, or not `method`'s.
+    Raises UserError if it is missing, truncated, incomplete, of another format version, or not `method`'s.
     """
     path = Path(path)
     if not path.is_file():
@@ -136,11 +147,25 @@ def load_distilled(path: str | Path, method: str | None = None) -> Distilled:
         raise UserError(f"{path}: not a readable distilled set ({first_line(error)})") from None
     if text.get("format") != FORMAT:
         raise UserError(f"{path}: format {text.get('format')!r}, this version reads {FORMAT!r}; distil it again")
-    if method is not None and text["method"] != method:
-        raise UserError(f"{path}: made by {text['method']}, not by {method}; name that method's artefact")
+    if method is not None and text.get("method") != method:
+        raise UserError(f"{path}: made by {text.get('method')}, not by {method}; name that method's artefact")
+    try:
+        return _distilled(tensors, text)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:  # a tensor or a fact is missing or another's
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"{path}: not a whole distilled set ({reason}); distil it again") from None
+
+
+def _distilled(tensors: dict[str, Tensor], text: dict[str, str]) -> Distilled:
     plain = ("format", "method", "data", "content", "y_is", "resize", "commit")  # strings; the rest is JSON
     meta = {key: value if key in plain else json.loads(value) for key, value in text.items()}
     own = {key: meta.pop(key) for key in Distilled.__dataclass_fields__ if key in meta}
+    if "code" in own:
+        constants = {key: tensors.pop(key) for key in ("mean", "std")}
+        own["code"] = Code(tensors, **own["code"])
+        own["code"].check()
+        x, y = own["code"].decode()
+        tensors = constants | dict(x=denormalise(x, **constants), y=y)
     return Distilled(**tensors, **own, meta=meta)
 
 

@@ -29,7 +29,7 @@ from common.augment import crop_flip
 from common.data import Data, normalise
 from common.models import ConvNet, apply_chunked
 from common.pretrain import cosine_lr
-from common.run import rng, seeded, write_json
+from common.run import rng, seed_of, seeded, write_json
 
 
 @dataclass
@@ -192,13 +192,15 @@ def evaluate_pairs(
     rows: tuple[str, ...] = ("none", "random_real", "distilled"),
     cache_gb: float = 4.0,
     keep: Path | None = None,
+    others: dict[str, Callable[[int], tuple[Tensor, Tensor]]] | None = None,
 ) -> dict[str, dict[str, dict]]:
     """{row: {metric: {"values": one a network, "mean", "std"}}}; std is the sample's, over protocol.runs networks.
 
     make_net: () -> ConvNet with the teacher's dimension as outputs; targets: the teacher's features of data.x_train and
     data.x_test. rows may also hold "all_real" and "teacher" (the probes of those features themselves).
     keep: a JSON file of the networks scored so far, so that a stop costs one of them; read only if it was made from
-    the same pairs by the same protocol. Raises kernels.FailedFactorization if a probe's ridge failed.
+    the same pairs by the same protocol. others: further rows, or their own for some of these: number of the network ->
+    (inputs, targets) on `device`. Raises kernels.FailedFactorization if a probe's ridge failed.
     """
     mean, std = data.mean.to(device), data.std.to(device)
     n_s = len(distilled.x)
@@ -221,7 +223,9 @@ def evaluate_pairs(
                 continue
             with seeded("evaluation network", seed, run):  # the run-th network of every row starts alike
                 net = make_net().to(device)
-            if row == "distilled":
+            if others and row in others:
+                fit_pairs(net, *others[row](run), seed, run, steps=steps, **sgd)
+            elif row == "distilled":
                 x, y = distilled.inputs().to(device), distilled.y.to(device)
                 fit_pairs(net, x, y, seed, run, steps=steps, **sgd)
             elif row == "random_real":
@@ -237,6 +241,20 @@ def evaluate_pairs(
             bar.update()
     bar.close()
     return {row: summarise(scored.rows[row][: protocol.runs]) for row in rows}
+
+
+def kmeans_medoids(features: Tensor, n: int, *key) -> Tensor:
+    """Indices (n,) of the images nearest to the centres of n clusters of features (N, d), each once."""
+    from sklearn.cluster import KMeans
+
+    features = features.double() - features.double().mean(0)  # so that float32's rounding cannot choose
+    fitted = KMeans(n, n_init=1, random_state=seed_of("kmeans", *key) % 2**32).fit(features.float().numpy())
+    distances = torch.cdist(torch.from_numpy(fitted.cluster_centers_).double(), features)  # (n, N)
+    chosen = []
+    for row in distances:
+        row[chosen] = torch.inf
+        chosen.append(int(row.argmin()))
+    return torch.tensor(chosen)
 
 
 class Scored:

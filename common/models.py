@@ -1,4 +1,4 @@
-"""The networks: the field's ConvNet, the ResNets of the teachers, and FRePo's ConvNet and evaluation networks.
+"""The networks: the field's ConvNet, the ResNets of the teachers, FRePo's ConvNet and evaluation networks, KRR-ST's.
 
 Every one has `features(x) -> (N, d)` and `dim`, which is d.
 
@@ -302,13 +302,19 @@ class FRePoConvNet(nn.Module):
 
 
 class FlatNet(nn.Module):
-    """Layers that end in a map of `dim` numbers, flattened, then one linear head; initialised as Flax does."""
+    """Layers that end in a map of `dim` numbers, flattened, then one linear head.
 
-    def __init__(self, layers: list[nn.Module], dim: int, out: int):
+    init: draws the weights anew; None leaves them as torch drew them.
+    """
+
+    def __init__(
+        self, layers: list[nn.Module], dim: int, out: int, init: Callable[[nn.Module], None] | None = lecun_init
+    ):
         super().__init__()
         self.layers, self.dim = nn.Sequential(*layers), dim
         self.head = nn.Linear(dim, out)
-        lecun_init(self)
+        if init:
+            init(self)
         self.to(memory_format=torch.channels_last)
 
     def features(self, x: Tensor) -> Tensor:
@@ -398,6 +404,116 @@ def frepo_student(name: str, channels: int, size: int, out: int, widths: tuple[i
             elif name == "kipconv" and isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.normal_(module.bias, std=0.1)
     return net
+
+
+class ResNetStudent(ResNet):
+    """KRR-ST's ResNet with a linear head: CIFAR stem, padding 2, global average pool."""
+
+    def __init__(self, arch: str, channels: int, out: int, width: int):
+        super().__init__(arch, channels, width)
+        # KRR-ST's code puts its stem in after the fan-out initialisation, so the stem keeps torch's own
+        self.conv1 = nn.Conv2d(channels, width, 3, 1, 2, bias=False)
+        self.head = nn.Linear(self.dim, out)
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x))
+
+
+def batchnorm_student(channels: int, size: int, out: int, plan: list[tuple[int, int, bool]]) -> FlatNet:
+    """Convolutions with BatchNorm and ReLU, and 2x2 max-pools between them, initialised as torch does.
+
+    plan: (channels, kernel size, whether a pool follows) of every convolution. Pools for which the map is too small are
+    left out: any that would leave less than 2 px to a convolution, since on 1 px only the middle of its kernel is used
+    and BatchNorm cannot be trained on one image, and the last one on a map of 1 px.
+    """
+    layers, c_in, side = [], channels, size
+    for i, (width, kernel, pool) in enumerate(plan, start=1):
+        layers += [nn.Conv2d(c_in, width, kernel, padding=kernel // 2), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+        if pool and side // 2 >= (1 if i == len(plan) else 2):
+            layers.append(nn.MaxPool2d(2))
+            side //= 2
+        c_in = width
+    return FlatNet(layers, c_in * side**2, out, init=None)
+
+
+class ViT(nn.Module):
+    """A small vision transformer: pre-norm layers over patches, then BatchNorm, mean over the patches, linear head.
+
+    The image is cut into at most 8 x 8 patches of at least 2 px (28 px: 7 x 7 of 4 px), of an image within zeros where
+    they do not tile it. dim: numbers of a token, a multiple of heads; depth: layers.
+
+    Two choices are for SGD without warm-up, which is how it is trained here. The learned positions start about as large
+    as the embedded patches, not at the usual 0.02 (digits, 40 random pairs, 500 steps, 3 networks: match error 0.47
+    against 0.77). The last norm is BatchNorm over images and patches, which takes what all tokens share out of the
+    features (against LayerNorm: loss on those pairs 0.013 and 0.034, match error 0.47 and 0.52).
+    """
+
+    def __init__(self, channels: int, size: int, out: int, dim: int = 192, depth: int = 6, heads: int = 3):
+        super().__init__()
+        patch = max(2, -(-size // 8))
+        side = -(-size // patch)
+        self.patches = nn.Conv2d(channels, dim, patch, patch, padding=(side * patch - size + 1) // 2)
+        self.positions = nn.Parameter(0.5 * torch.randn(side**2, dim))
+        options = dict(dropout=0.0, activation="gelu", batch_first=True, norm_first=True)
+        # not nn.TransformerEncoder, whose layers all start as copies of one
+        self.layers = nn.Sequential(*[nn.TransformerEncoderLayer(dim, heads, 4 * dim, **options) for _ in range(depth)])
+        self.norm = nn.BatchNorm1d(dim)
+        self.dim = dim
+        self.head = nn.Linear(dim, out)
+        self.to(memory_format=torch.channels_last)
+
+    def features(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, dim)."""
+        tokens = self.patches(x).flatten(2).transpose(1, 2) + self.positions  # (N, patches, dim)
+        return self.norm(self.layers(tokens).transpose(1, 2)).mean(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x))
+
+
+PAIR_NETS = ("convnet", "vgg11", "alexnet", "resnet10", "resnet18", "vit")
+
+
+def pair_net(
+    name: str, channels: int, size: int, out: int, widths: tuple[int, ...], norm: str = "batch"
+) -> ConvNet | FlatNet | ResNetStudent | ViT:
+    """A fresh network of PAIR_NETS to be trained on (image, feature) pairs; it has dim, head, features, forward.
+
+    Layers and initialisation are those of KRR-ST's published code, but for the ViT, which it does not have. widths:
+    those of the ConvNet; their first scales the channels of the others, which are as published where it is as published
+    at that size (128 at 32 px, 64 at 64 px, 32 at 224 px). norm: of the ConvNet alone; VGG-11, AlexNet and the ResNets
+    have BatchNorm. On small images VGG-11 has fewer pools (batchnorm_student; from 32 px on all five, AlexNet from 8 px
+    on all three). Drawn from torch's global generator. Raises UserError for an unknown name.
+    """
+    if name not in PAIR_NETS:
+        raise UserError(f"--eval-models {name}: not one of {', '.join(PAIR_NETS)}")
+    if name == "convnet":
+        return ConvNet(channels, size, out, widths, norm)
+    scale = widths[0] / {2: 128, 3: 128, 4: 64, 5: 32}[convnet_depth(size)]
+
+    def scaled(published: int, unit: int = 1) -> int:
+        return unit * max(1, round(published * scale / unit))
+
+    if name == "vit":
+        return ViT(channels, size, out, scaled(192, unit=24))  # 3 heads of a multiple of 8
+    if name not in ("vgg11", "alexnet"):
+        return ResNetStudent(name, channels, out, scaled(64))
+    plans = {
+        "vgg11": [
+            (64, 3, True),
+            (128, 3, True),
+            (256, 3, False),
+            (256, 3, True),
+            (512, 3, False),
+            (512, 3, True),
+            (512, 3, False),
+            (512, 3, True),
+        ],
+        "alexnet": [(128, 5, True), (192, 5, True), (256, 3, False), (192, 3, False), (192, 3, True)],
+    }
+    plan = [(scaled(width), kernel, pool) for width, kernel, pool in plans[name]]
+    return batchnorm_student(channels, size, out, plan)
 
 
 @torch.no_grad()
