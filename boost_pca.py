@@ -131,8 +131,8 @@ class Args:
     """pixels of a side of the image that share one of a basis; None: from the preset"""
     balance: bool | None = None
     """coefficients of unit variance, bases scaled by what is taken from them; None: from the preset"""
-    views: Literal["none", "rotations", "flips", "dihedral", "corners", "tones"] = "rotations"
-    """fixed views of each image, beside itself, with targets of their own: README.md#boost_pca"""
+    views: Literal["none", "rotations", "flips", "dihedral", "corners", "tones"] | None = None
+    """fixed views of each image, beside itself, with targets of their own (common/bases.py); None: from the preset"""
     outer_views: Literal["all", "base"] = "all"
     """rows of the outer ridge: all views, or the images alone, so that the views' targets are never learned"""
     approx: Literal["after", "joint", "rank", "none"] = "after"
@@ -265,6 +265,7 @@ PUBLISHED = dict(  # of CIFAR-100, second-hand; CIFAR-10, where nothing was publ
     feature_bases=200,
     downsample=2,
     balance=False,
+    views="rotations",
     hidden=4,
     lr_img=1e-3,
     lr_label=1e-3,
@@ -293,25 +294,28 @@ SIZE_64 = PUBLISHED | dict(
     pairs_lr_label=1e-5,
 )
 SIZE_224 = SIZE_64 | dict(budget_images=100, widths=(32, 64, 128, 256, 512), eval_finetune_steps=5000)
-DIGITS = PUBLISHED | dict(
+DIGITS = PUBLISHED | dict(  # departure 6: views that keep a digit upright, bases of all pixels, 256 features
     save_every=200,
-    budget_images=30,
+    budget_images=36,
     steps=1000,
     batch_real=512,
-    image_bases=16,
+    image_bases=24,
     feature_bases=16,
+    downsample=1,
     balance=True,
-    hidden=4,
-    lr_img=1e-2,
+    views="tones",
+    hidden=2,
+    lr_img=3e-2,
     lr_label=1e-2,
     widths=(32, 64),
     max_age=20,
     teacher_arch="resnet10",
-    teacher_width=16,
+    teacher_width=32,
+    teacher_epochs=20,
     eval_epochs=300,
     eval_probe_steps=300,
     eval_finetune_steps=0,
-    pairs_steps=1000,
+    pairs_steps=2000,
     pairs_lr_img=1e-1,
     pairs_lr_label=1e-2,
 )
@@ -430,7 +434,7 @@ def reduced_rank(c_y: Tensor, target: Tensor, b_y: Tensor, rank: int, ridge: flo
     x, b = c_y.double(), b_y.double()
     centre = x.mean(0)
     x, n = x - centre, x.shape[1]
-    lam = ridge * x.square().sum() / n
+    lam = (ridge * x.square().sum() / n).clamp(min=1e-12)  # one image, or equal ones: the shift is the constant
     q = dict(w1=[], b1=[], w2=[], b2=[])
     for y in target.double():
         mean = y.mean(0)
@@ -791,6 +795,9 @@ def main(args: Args) -> dict:
         )
         return sum(predicted)
 
+    def scores_file(model: str) -> Path:
+        return run.file("evaluation.json" if model == "convnet" else f"evaluation_{model}.json")
+
     alone = run.is_part()  # plain pairs or an ablation of another run, which scores them
     seconds_all = 0.0 if alone else seconds(rows, args.eval_models)
     seconds_curve = seconds(("distilled",), args.eval_models[:1]) if args.eval_every else 0.0
@@ -857,7 +864,7 @@ def main(args: Args) -> dict:
         with run.aside():
             scores = evaluate_pairs(
                 save(step), curve_data, targets_train, targets_curve, make(args.eval_models[0]), device, recipe,
-                args.seed, ("distilled",), args.cache_gb, run.file("evaluation.json"),
+                args.seed, ("distilled",), args.cache_gb, scores_file(args.eval_models[0]),
             )["distilled"]  # fmt: skip
         curve.append({"step": step, **scores})
         run.log_evaluation(step, {f"eval/{key}": value["mean"] for key, value in scores.items()})
@@ -998,10 +1005,9 @@ def main(args: Args) -> dict:
         print("rounding of coefficients: {images:.2%} of the images, {targets:.2%} of the targets".format(**rounding))
     scores, against = {}, [row for row in rows if row in others]
     for model in args.eval_models:
-        file = "evaluation.json" if model == args.eval_models[0] else f"evaluation_{model}.json"
         scores[model] = evaluate_pairs(
             distilled, data, targets_train, targets_test, make(model), device, recipe, args.seed,
-            rows if model == args.eval_models[0] else rows[data.labelled :], args.cache_gb, run.file(file), others,
+            rows if model == args.eval_models[0] else rows[data.labelled :], args.cache_gb, scores_file(model), others,
         )  # fmt: skip
         caption = (
             f"{data.name}, {model}, {args.num_images} images ({pairs} with views) in the storage of {n} pairs, step "
