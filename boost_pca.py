@@ -294,9 +294,9 @@ SIZE_64 = PUBLISHED | dict(
     pairs_lr_label=1e-5,
 )
 SIZE_224 = SIZE_64 | dict(budget_images=100, widths=(32, 64, 128, 256, 512), eval_finetune_steps=5000)
-DIGITS = PUBLISHED | dict(  # departure 6: views that keep a digit upright, bases of all pixels, 256 features
+DIGITS = PUBLISHED | dict(  # Boost-PCA's departure 9: upright views, bases of all pixels
     save_every=200,
-    budget_images=36,
+    budget_images=30,
     steps=1000,
     batch_real=512,
     image_bases=24,
@@ -308,10 +308,9 @@ DIGITS = PUBLISHED | dict(  # departure 6: views that keep a digit upright, base
     lr_img=3e-2,
     lr_label=1e-2,
     widths=(32, 64),
-    max_age=20,
+    max_age=8,
     teacher_arch="resnet10",
     teacher_width=32,
-    teacher_epochs=20,
     eval_epochs=300,
     eval_probe_steps=300,
     eval_finetune_steps=0,
@@ -347,12 +346,12 @@ def code_floats(
 
     image, basis: numbers of an image and of an image basis; dim: of a target; views: beside the image itself.
     """
-    of_view = 2 * feature_bases * hidden + feature_bases + hidden  # departure 3: two layers with biases
+    of_view = 2 * feature_bases * hidden + feature_bases + hidden  # two layers with biases
     stored = approx == "none"
     return {
         "image bases": image_bases * basis,
         "feature bases": feature_bases * dim,
-        "means": basis + dim,  # departure 1: kept, and paid for
+        "means": basis + dim,  # Boost-PCA's departure 1: kept, and paid for
         "networks": 0 if stored else views * of_view,
         "coefficients": m * (image_bases + feature_bases * (1 + views * stored)),
     }
@@ -407,7 +406,8 @@ def fit_networks(
     is the coefficients' where the bases are orthonormal. key: of the first weights, those of torch's linear layers.
     """
     views, rank = len(target), c_y.shape[1]
-    size = c_y.square().mean().sqrt()  # inputs of unit size, whatever the bases' scale
+    # Boost-PCA's departure 3: the features' error, not the coefficients'; inputs of unit size for any scale of bases
+    size = c_y.square().mean().sqrt()
     shapes = dict(w1=(hidden, rank), b1=(hidden,), w2=(rank, hidden), b2=(rank,))
     q = {}
     for name, of_view in shapes.items():
@@ -532,7 +532,7 @@ class Pool:
         """After the outer step: replace the network if it is of age, else train it once more."""
         if self.ages[slot] >= self.args.max_age:
             self.replace(slot)
-            if self.args.pool_reset == "fixed":  # departure 1: the released code keeps the age
+            if self.args.pool_reset == "fixed":  # Boost-PCA's departure 7: KRR-ST's release keeps it
                 self.ages[slot] = 0
         else:
             self.ages[slot] += 1
@@ -643,6 +643,7 @@ def main(args: Args) -> dict:
         sizes = dict(image_bases=args.image_bases, feature_bases=args.feature_bases, hidden=args.hidden)
         return partial(code_floats, image=image, basis=basis, dim=dim, views=views, approx=approx, **sizes)
 
+    # Boost-PCA's departure 4: the third party takes one image for each that it may store
     budget = args.budget_images * (image + (dim if args.budget_rule == "pairs" else 0))
     words = f"{args.budget_images} images" + (" with targets" if args.budget_rule == "pairs" else "")
     most = fit_budget(floats_of(len(names), args.approx), budget, words, args.num_images)
@@ -741,13 +742,13 @@ def main(args: Args) -> dict:
         q = fit_networks(c_y, target, b_y, args.hidden, args.approx_steps, args.approx_lr, args.seed)
         at_start, learned = unexplained(c_y, target, b_y, q, relu=True), learned | q
     learned = {key: value.contiguous().to(device).requires_grad_() for key, value in learned.items()}
-    if args.outer_views == "base":  # departure 4: what the third-party code does; these stay as they began
+    if args.outer_views == "base":  # Boost-PCA's departure 2: the third party's; they stay as they began
         learned = {key: value.requires_grad_(key != "c_v") for key, value in learned.items()}
     moving = {key: value for key, value in learned.items() if value.requires_grad}
     of_images = [value for key, value in moving.items() if key in ("x", "b_x", "c_x")]
     of_targets = [value for key, value in moving.items() if key not in ("x", "b_x", "c_x")]
     groups = [{"params": of_images, "lr": args.lr_img}, {"params": of_targets, "lr": args.lr_label}]
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)  # Boost-PCA's departure 5: no decay, no clamp, no clip
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 1 - (1 - args.lr_end) * t / args.steps)
 
     def decoded() -> tuple[Tensor, Tensor]:
@@ -891,6 +892,7 @@ def main(args: Args) -> dict:
         # eval mode, folded: BatchNorm uses statistics gathered from the distilled images; the weights get no gradient
         features = pool.nets[slot].frozen()
         index = batch_index(step, len(x_train), args.batch_real, args.seed)
+        # Boost-PCA's departure 6: real images are neither augmented nor turned, so their targets are computed once
         y_t = gather(y_train, index).to(device)  # (n_t, d)
         x_t = normalise(gather(x_train, index).to(device), mean, std)  # (n_t, C, H, W)
         x_s, y_s = decoded()  # (M, C, H, W), (M, d): the images, then their views

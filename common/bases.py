@@ -62,7 +62,8 @@ def block_sums(x: Tensor, r: int) -> Tensor:
 def downsample(x: Tensor, mean: Tensor, std: Tensor, r: int) -> Tensor:
     """uint8 (N, C, H, W) -> float64 (N, C (H / r) (W / r)): normalised, each r x r block averaged.
 
-    At r = 2 bilinear resizing is the same; above that it would look at the middle 2 x 2 pixels of a block alone.
+    At r = 2 bilinear resizing is the same; above that it would look at the middle 2 x 2 pixels of a block alone
+    (Boost-PCA's departure 8).
     """
     scale, offset = affine(mean, std, r, x[0, 0].numel() // r**2)
     return block_sums(x, r) * scale.to(x.device) + offset.to(x.device)

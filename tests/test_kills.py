@@ -43,6 +43,13 @@ CHAINS = {  # of runs that keep different things between steps
     ],
     "frepo": STUDENTS,
     "isa": STUDENTS,
+    "boost_pca": [
+        dict(approx="joint", ablate=True),
+        dict(approx="none", coefficients="int8", views="corners", holdout=0.2, eval_every=5),
+        dict(approx="rank", bases="real", balance="False", eval_models=("convnet", "vgg11"), save_minutes=1e-3),
+        dict(precision="bf16", chunk=3, eval_every=7, pool_opt="adamw", outer_views="base", coefficients="fp16"),
+        dict(bases="random", balance="True", views="tones", pool_reset="released", grad_clip=1e-3, full_row=True),
+    ],
 }
 # in the teacher's training, of 11 batches an epoch; 1 is the first batch of the process
 TEACHER = [("teacher", "SIGKILL", 2, 9), ("teacher", "SIGTERM", 2, 9), ("teacher_save", "SIGKILL", 1, 1),
@@ -52,13 +59,14 @@ PROBE = [("probe", "SIGKILL", 2, 9), ("probe", "SIGTERM", 2, 9)]  # and its line
 # in the run: all of these get through at most 26 of its 36 steps
 LOOP = [("step", "SIGKILL", 2, 6), ("step", "SIGTERM", 2, 6), ("step", "SIGINT", 2, 6), ("run_save", "SIGKILL", 1, 2),
         ("run_save", "disk", 1, 2), ("rename", "SIGKILL", 1, 2)]  # fmt: skip
+PART = [("step", "SIGKILL", STEPS + 1, STEPS + 8), ("step", "SIGTERM", STEPS + 1, STEPS + 8)]  # boost_pca's pairs
 CURVE = [("score", "SIGKILL", 1, 1), ("score", "SIGTERM", 1, 1)]  # inside the loop, where it has evaluations
 SCORE = [("score", "SIGKILL", 1, 3), ("score", "SIGTERM", 1, 3)]
 EXIT = {"SIGKILL": -signal.SIGKILL, "SIGTERM": 143, "SIGINT": 130, "disk": 2}
 
 
 def accidents(name: str, chain: int, curve: bool) -> list[str]:
-    """Ten, of which three hit the teacher; five without one."""
+    """Ten, of which three hit the teacher and, of boost_pca, one its comparison; five without a teacher."""
     draw, teacher = random.Random(f"{name} {chain}"), SCRIPTS[name].teacher
     loop = draw.sample(LOOP, k=6 if teacher else 4)
     if curve:
@@ -67,6 +75,8 @@ def accidents(name: str, chain: int, curve: bool) -> list[str]:
         kinds = [draw.choice(stage) for stage in (LABEL, TEACHER, PROBE)]
     else:
         kinds = draw.choices(TEACHER, k=3 if teacher else 0)
+    if name == "boost_pca":
+        loop[-1] = draw.choice(PART)  # the last: at most 26 steps are done; the rest and 36 of the pairs are to come
     kinds += loop + draw.choices(SCORE, k=1)
     return [f"{place}:{draw.randint(low, high)}:{what}" for place, what, low, high in kinds]
 
@@ -90,6 +100,8 @@ def test_accidents_leave_no_trace(name, chain, tmp_path, capsys):
     later = values.pop("later", {})
     if facts.teacher:
         values["teacher_epochs"] = 4
+    if name == "boost_pca":
+        values["pairs_steps"] = STEPS
     if "data" in values:
         values["data"] = tmp_path / values["data"]
         images(values["data"] / "cat", 30, (8, 8, 3)), images(values["data"] / "dog", 30, (8, 8, 3), seed=1)
@@ -111,8 +123,12 @@ def test_accidents_leave_no_trace(name, chain, tmp_path, capsys):
         if what in ("SIGTERM", "SIGINT"):
             folder = the_run(hurt / "runs")
             assert f"go on with: {interpreter()} {script} --resume {folder}" in done.stderr
-            if place == "step":  # the step it met is done and saved
-                assert load_checkpoint(folder / "checkpoint.pt")["step"] == int(step) + int(nth)
+            if place == "step":  # the step it met is done and saved, of the run or of a part of it
+                reached = int(step) + int(nth)
+                assert load_checkpoint(folder / "checkpoint.pt")["step"] == min(reached, STEPS)
+                if reached > STEPS:
+                    (part,) = folder.glob("*/checkpoint.pt")
+                    assert load_checkpoint(part)["step"] == reached - STEPS
         log.append(f"{name} chain {chain}: {accident} in a run begun at step {step}: exit {done.returncode}")
     done = start(script, ["--resume", the_run(hurt / "runs"), *flags(**later)])
     assert done.returncode == 0, done.stderr

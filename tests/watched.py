@@ -79,7 +79,7 @@ def flags(**values) -> list[str]:
 
 
 def same_end(folder_a: Path, folder_b: Path) -> None:
-    """Asserts bit-identical tensors and results of two runs; times, commits and paths may differ."""
+    """Asserts bit-identical tensors and results of two runs and of their parts; times, commits, paths may differ."""
     a, b = (load_file(folder / "distilled.safetensors") for folder in (folder_a, folder_b))
     assert equal(a, b)
     a, b = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (folder_a, folder_b))
@@ -88,12 +88,18 @@ def same_end(folder_a: Path, folder_b: Path) -> None:
         assert equal(a[name], b[name]), name
     a, b = (json.loads((folder / "result.json").read_text()) for folder in (folder_a, folder_b))
     assert a.keys() == b.keys()
-    for name in a.keys() & {"eval", "loss_of_mean", "statistics", "recognised", "jpeg_psnr_db", "label_bytes"}:
+    same = {"eval", "loss_of_mean", "statistics", "recognised", "jpeg_psnr_db", "label_bytes", "eval_models", "counts"}
+    same |= {"distilled_minus", "shift_unexplained", "variance_left_out", "rounding", "storage"}
+    for name in a.keys() & same:
         assert a[name] == b[name], name
     a, b = ({path.name for path in folder.glob("*.safetensors")} for folder in (folder_a, folder_b))
     assert a == b
     for name in a:  # the blocks, crops and labels of scdd.py
         assert equal(load_file(folder_a / name), load_file(folder_b / name)), name
+    a, b = ({path.parent.name for path in folder.glob("*/result.json")} for folder in (folder_a, folder_b))
+    assert a == b
+    for name in a:  # boost_pca.py's plain pairs and ablations
+        same_end(folder_a / name, folder_b / name)
     assert (folder_a / "curve.json").exists() == (folder_b / "curve.json").exists()
     if (folder_a / "curve.json").exists():
         a, b = (json.loads((folder / "curve.json").read_text()) for folder in (folder_a, folder_b))
