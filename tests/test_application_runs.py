@@ -239,6 +239,7 @@ def test_sets_that_must_not_be_mirrored_are_not(learned):
     assert not json.loads((folder / "step_1" / "result.json").read_text())["flip"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BOTH)
 def test_a_run_killed_in_its_third_step_ends_with_the_same_curve(name, tmp_path):
     """SIGKILL in the third part's loop (12 steps a part); then SIGTERM there, whose last words resume the whole run."""

@@ -120,6 +120,7 @@ def test_every_section_runs_without_a_gpu(bench, capsys):
     assert "the times mean nothing" in tables(report)
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path):
     """With a budget that is too short for the imports: a valid file all the same, and what was left out is in it."""
     command = [sys.executable, "-m", "kernels.bench", "--budget", "2", "--out", str(tmp_path)]

@@ -673,6 +673,7 @@ def test_more_rows_models_and_students(tmp_path):
     assert set(result["eval"]["all_real"]) == set(models)
 
 
+@pytest.mark.slow
 def test_full_row_learns_from_all_images(tmp_path):
     """With one image a class beside it, students of all real images know more."""
     result = frepo.main(tiny(frepo, tmp_path, steps=1, widths=(8, 16), eval_steps=150, eval_lr=3e-3, full_row=True))
@@ -889,6 +890,7 @@ def test_a_run_on_the_gpu_is_the_run_on_the_cpu(script, tmp_path):
     assert (a - b).norm() < 1e-3 * a.norm()  # three steps of a hundredth each, by convolutions in TF32
 
 
+@pytest.mark.slow
 def test_a_renamed_copy_runs_and_names_its_own_runs(script, tmp_path):
     shutil.copy(script.__file__, tmp_path / "my_idea.py")
     command = [sys.executable, str(tmp_path / "my_idea.py"), *flags(**TINY, out_dir=tmp_path / "runs")]

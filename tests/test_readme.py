@@ -591,6 +591,34 @@ def test_a_step_costs_less_than_the_twins():
     assert all(rows["default", ipc]["times_less"] > 1.3 for ipc in (1, 10))
 
 
+def test_the_lines_that_load_a_code_without_this_project_do(tmp_path, monkeypatch):
+    """README's lines, run as they stand, of every type of coefficients; both kinds of maps."""
+    sys.path.insert(0, str(REPO))
+    import torch
+
+    from common.artefact import load_distilled, save_distilled
+    from common.bases import VIEWS, Code, quantised
+
+    section = (REPO / "README.md").read_text().split("## Load a distilled set without this project")[1]
+    first, second = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    first = "".join(line for line in first.splitlines(True) if not line.startswith(("x = ", "if ", "    x = ", "y = ")))
+    monkeypatch.chdir(tmp_path)
+    g = torch.Generator().manual_seed(0)
+    shapes = dict(b_x=(5, 12), c_x=(7, 5), mu_x=(12,), b_y=(4, 6), c_y=(7, 4), mu_y=(6,), w1=(3, 2, 4), b1=(3, 2))
+    shapes |= dict(w2=(3, 4, 2), b2=(3, 4))
+    tensors = {key: torch.randn(*shape, generator=g) for key, shape in shapes.items()}
+    facts = dict(method="boost_pca", data="made", content="0", y_is="teacher features", class_names=[], resize="none")
+    for dtype, relu in (("fp32", True), ("fp16", False), ("int8", True)):
+        code = Code(quantised(tensors, dtype), (3, 2, 2), 2, VIEWS["rotations"], relu)
+        constants = torch.rand(3, generator=g), torch.rand(3, generator=g) + 0.5
+        save_distilled("distilled.safetensors", None, None, *constants, step=1, seed=0, recipe={}, code=code, **facts)
+        names = {"json": json}
+        exec(first + second, names)
+        loaded = load_distilled("distilled.safetensors")
+        torch.testing.assert_close(names["x"], loaded.inputs(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(names["y"], loaded.y, rtol=1e-5, atol=1e-5)
+
+
 if __name__ == "__main__" and "--write" in sys.argv:
     text = (REPO / "README.md").read_text()
     for name, make in TABLES.items():
