@@ -612,7 +612,7 @@ def test_the_lines_that_load_a_code_without_this_project_do(tmp_path, monkeypatc
         code = Code(quantised(tensors, dtype), (3, 2, 2), 2, VIEWS["rotations"], relu)
         constants = torch.rand(3, generator=g), torch.rand(3, generator=g) + 0.5
         save_distilled("distilled.safetensors", None, None, *constants, step=1, seed=0, recipe={}, code=code, **facts)
-        names = {"json": json}
+        names = {}
         exec(first + second, names)
         loaded = load_distilled("distilled.safetensors")
         torch.testing.assert_close(names["x"], loaded.inputs(), rtol=1e-4, atol=1e-5)
