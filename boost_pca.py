@@ -28,6 +28,7 @@ from common.bases import (
     Code,
     Pca,
     decode,
+    dequantised,
     downsample,
     feature_pca,
     image_pca,
@@ -282,7 +283,6 @@ PUBLISHED = dict(  # of CIFAR-100, second-hand; CIFAR-10, where nothing was publ
     pairs_lr_label=1e-4,
 )
 SIZE_64 = PUBLISHED | dict(
-    budget_images=200,
     steps=20_000,
     image_bases=400,
     feature_bases=400,
@@ -293,7 +293,15 @@ SIZE_64 = PUBLISHED | dict(
     pairs_lr_img=1e-5,
     pairs_lr_label=1e-5,
 )
-SIZE_224 = SIZE_64 | dict(budget_images=100, widths=(32, 64, 128, 256, 512), eval_finetune_steps=5000)
+SIZE_224 = SIZE_64 | dict(
+    budget_images=10,
+    num_images=200,  # the budget would hold thousands, which are trained on in one batch
+    image_bases=100,
+    feature_bases=60,
+    widths=(32, 64, 128, 256, 512),
+    eval_finetune_steps=5000,
+)
+SMALL = PUBLISHED | dict(budget_images=30, image_bases=48, feature_bases=32)
 DIGITS = PUBLISHED | dict(  # Boost-PCA's departure 9: upright views, bases of all pixels
     save_every=200,
     budget_images=30,
@@ -320,14 +328,15 @@ DIGITS = PUBLISHED | dict(  # Boost-PCA's departure 9: upright views, bases of a
 )
 PRESETS = {
     "digits": DIGITS,
+    "mnist": PUBLISHED | dict(budget_images=50, steps=20_000, image_bases=64, feature_bases=64, pairs_steps=20_000),
     "cifar10": PUBLISHED,
     "cifar100": PUBLISHED,
     "tiny_imagenet": SIZE_64,
-    "imagenet": SIZE_64 | dict(budget_images=1000),
-    "dogs": SIZE_64 | dict(budget_images=240),
+    "imagenet": SIZE_64,
+    "dogs": SIZE_64,
     "8px": DIGITS,
-    "16px": PUBLISHED,
-    "48px": SIZE_64,
+    "16px": SMALL,  # folders, which may be grey and of few images
+    "48px": SIZE_64 | dict(budget_images=20, image_bases=100, feature_bases=64),
     "96px": SIZE_224,
 }
 LIMITS = {  # of flags: one that is out of them is refused before anything begins
@@ -340,20 +349,30 @@ LIMITS = {  # of flags: one that is out of them is refused before anything begin
 
 
 def code_floats(
-    m: int, image: int, basis: int, dim: int, image_bases: int, feature_bases: int, views: int, approx: str, hidden: int
+    m: int,
+    basis: int,
+    dim: int,
+    image_bases: int,
+    feature_bases: int,
+    views: int,
+    approx: str,
+    hidden: int,
+    coefficients: str,
 ) -> dict[str, int]:
-    """Numbers that a code of m images stores, by what they are: storage()'s floats, without int8's scales.
+    """Numbers that a code of m images stores, by what they are; their sum is storage()'s floats.
 
-    image, basis: numbers of an image and of an image basis; dim: of a target; views: beside the image itself.
+    basis, dim: numbers of an image basis and of a target; views: beside the image itself.
     """
     of_view = 2 * feature_bases * hidden + feature_bases + hidden  # two layers with biases
     stored = approx == "none"
+    columns = image_bases + feature_bases * (1 + views * stored)
     return {
         "image bases": image_bases * basis,
         "feature bases": feature_bases * dim,
         "means": basis + dim,  # Boost-PCA's departure 1: kept, and paid for
         "networks": 0 if stored else views * of_view,
-        "coefficients": m * (image_bases + feature_bases * (1 + views * stored)),
+        "scales": columns if coefficients == "int8" else 0,
+        "coefficients": m * columns,
     }
 
 
@@ -380,17 +399,20 @@ def first_code(found: Pca, rows: Tensor, kind: str, balance: bool, *key) -> tupl
     """Bases (k, D) and the coefficients (n, k) of rows (n, D) that leave the least error, float64: rows = c b + mean.
 
     kind: "pca", the components found; "random", orthonormal directions; "real", rows themselves, less the mean, drawn
-    with repetition where they are fewer. balance: coefficients of unit mean square, the bases scaled by what they lost.
+    again where they are fewer. balance: coefficients of unit mean square, the bases scaled by what they lost.
     """
-    rows, (k, dim) = rows.double() - found.mean, found.bases.shape
+    (k, dim), generator = found.bases.shape, rng("bases", *key)
     if kind == "pca":
-        bases = found.bases
-    elif kind == "random":
-        bases = torch.linalg.qr(torch.randn(dim, k, generator=rng("bases", *key), dtype=torch.float64))[0].T
+        bases, c = found.bases, found.scores(rows)
     else:
-        bases = rows[torch.randint(len(rows), (k,), generator=rng("bases", *key))]
-        bases = bases / bases.norm(dim=1, keepdim=True).clamp(min=1e-12)
-    c = torch.linalg.lstsq(bases.T, rows.T, driver="gelsd").solution.T
+        rows = rows.double() - found.mean
+        if kind == "random":
+            bases = torch.linalg.qr(torch.randn(dim, k, generator=generator, dtype=torch.float64))[0].T
+        else:
+            draws = [torch.randperm(len(rows), generator=generator) for _ in range(-(-k // len(rows)))]
+            bases = rows[torch.cat(draws)[:k]]
+            bases = bases / bases.norm(dim=1, keepdim=True).clamp(min=1e-12)
+        c = torch.linalg.lstsq(bases.T, rows.T, driver="gelsd").solution.T
     if balance:
         size = c.square().mean(0).sqrt().clamp(min=1e-6)
         bases, c = bases * size[:, None], c / size
@@ -449,14 +471,16 @@ def reduced_rank(c_y: Tensor, target: Tensor, b_y: Tensor, rank: int, ridge: flo
 
 
 def rounding_error(x: Tensor, exact: Tensor) -> float:
-    """Root of the squared error over that of the mean row. (N, ...), (N, ...)."""
-    return float(((x - exact).square().sum() / (exact - exact.mean(0)).square().sum()).sqrt())
+    """Root of the squared error over that of the mean row, over the size of a single row. (N, ...), (N, ...)."""
+    spread = exact - exact.mean(0) if len(exact) > 1 else exact
+    return float(((x - exact).square().sum() / spread.square().sum().clamp(min=1e-30)).sqrt())
 
 
 def unexplained(c_y: Tensor, target: Tensor, b_y: Tensor, q: dict[str, Tensor], relu: bool) -> list[float]:
-    """Of every view: squared error of its predicted shift of the features over the shift's squared size."""
+    """Of every view: squared error of its predicted shift of the features over the shift's squared size; 0 of none."""
     error = (target - shift(c_y, *(q[key] for key in ("w1", "b1", "w2", "b2")), relu)) @ b_y
-    return (error.square().sum((1, 2)) / (target @ b_y).square().sum((1, 2))).tolist()
+    error, size = (part.square().sum((1, 2)) for part in (error, target @ b_y))
+    return torch.where(size > 1e-10 * (c_y @ b_y).square().sum(), error / size, torch.zeros_like(size)).tolist()
 
 
 def ridge_lam(f_s: Tensor, ridge: float, scale: str, grad: bool) -> Tensor:
@@ -579,7 +603,8 @@ def memory_needs(make_net, data: Data, dim: int, pairs: int, device, args: Args)
     features = 4 * n_train * max(other.dim for other in others)
     batch = 256 if args.full_row or args.eval_finetune_steps else min(pairs, 256)  # images of an evaluation's batch
     score = {"--eval-models or --widths": batch * tuned, "--cache-gb": features * (features <= args.cache_gb * 1e9)}
-    begin = {"--downsample": 5 * 8 * min(basis, LARGE) ** 2} if args.bases == "pca" else {}  # the covariance
+    views = 4 * pairs * data.x_train[0].numel()  # of the first images, one at a time at the teacher
+    begin = {"--downsample": 5 * 8 * min(basis, LARGE) ** 2 + 8 * 1024 * data.x_train[0].numel(), "--num-images": views}
     phases = {"outer step": step, "training of the pool": {"--num-images": held["--num-images"] + pairs * train}}
     phases |= {"evaluation": score, "principal components": begin}
     return outer, {phase: held | parts for phase, parts in phases.items()}
@@ -611,7 +636,7 @@ def main(args: Args) -> dict:
         raise UserError(f"--num-images {args.num_images}: must be 1 to {n_train}, the training images")
     if len(args.widths) != convnet_depth(data.size):
         raise UserError(f"--widths {args.widths}: {data.size} px images take {convnet_depth(data.size)} blocks")
-    if data.size % args.downsample:
+    if args.bases != "none" and data.size % args.downsample:
         raise UserError(f"--downsample {args.downsample}: must divide the {data.size} px of a side; 1 keeps them")
     if args.bases == "none" and args.views != "none":
         raise UserError("--bases none: plain pairs have no views here; add --views none")
@@ -619,6 +644,8 @@ def main(args: Args) -> dict:
         raise UserError("--ablate: takes views and networks away; leave --bases, --views and --approx as they are")
     if args.outer_views == "base" and args.approx == "joint":
         raise UserError("--outer-views base: learns nothing of the views' targets; take --approx after, rank or none")
+    if not args.eval_models:
+        raise UserError(f"--eval-models: name at least one of {', '.join(PAIR_NETS)}")
     for model in args.eval_models:
         if model not in PAIR_NETS:
             raise UserError(f"--eval-models {model}: not one of {', '.join(PAIR_NETS)}")
@@ -628,12 +655,13 @@ def main(args: Args) -> dict:
     shape = (data.channels, data.size // args.downsample, data.size // args.downsample)  # (C, s, s), of the bases
     image, basis = data.x_train[0].numel(), data.channels * shape[1] ** 2
     code = args.bases != "none"
-    if code and args.image_bases > min(basis, n_train - 1):
-        raise UserError(f"--image-bases {args.image_bases}: must be at most {min(basis, n_train - 1)}, the numbers of "
-                        "a basis and the training images less one")  # fmt: skip
-    if code and args.feature_bases > min(dim, n_train - 1):
-        raise UserError(f"--feature-bases {args.feature_bases}: must be at most {min(dim, n_train - 1)}, the teacher's "
-                        "features and the training images less one")  # fmt: skip
+    for flag, wish, numbers, of in (
+        ("--image-bases", args.image_bases, basis, "numbers of a basis"),
+        ("--feature-bases", args.feature_bases, dim, "the teacher's features"),
+    ):
+        most, of = min((numbers, of), (n_train - 1, "the training images less one"))
+        if code and wish > most:
+            raise UserError(f"{flag} {wish}: must be at most {most}, {of}")
     if names and args.approx != "none" and args.hidden > args.feature_bases:
         raise UserError(f"--hidden {args.hidden}: must be at most --feature-bases {args.feature_bases}")
 
@@ -641,15 +669,22 @@ def main(args: Args) -> dict:
         if not code:
             return lambda m: {"images": m * image, "targets": m * dim}
         sizes = dict(image_bases=args.image_bases, feature_bases=args.feature_bases, hidden=args.hidden)
-        return partial(code_floats, image=image, basis=basis, dim=dim, views=views, approx=approx, **sizes)
+        sizes |= dict(basis=basis, dim=dim, coefficients=args.coefficients)
+        return partial(code_floats, views=views, approx=approx, **sizes)
 
     # Boost-PCA's departure 4: the third party takes one image for each that it may store
     budget = args.budget_images * (image + (dim if args.budget_rule == "pairs" else 0))
     words = f"{args.budget_images} images" + (" with targets" if args.budget_rule == "pairs" else "")
     most = fit_budget(floats_of(len(names), args.approx), budget, words, args.num_images)
     args = replace(args, num_images=args.num_images or min(most, n_train))
-    used = arithmetic(floats_of(len(names), args.approx), args.num_images)
-    print(f"budget: {words} are {budget} floats; {used}")
+    used = floats_of(len(names), args.approx)
+    print(f"budget: {words} are {budget} floats; {arithmetic(used, args.num_images)}")
+    ablations = {}  # row: views and images of the same storage
+    if args.ablate:
+        taken = sum(used(args.num_images).values())
+        for row, views in (("bases_only", "none"), ("and_views", args.views)):
+            m = fit_budget(floats_of(len(VIEWS[views]), "none"), taken, f"--ablate: the set's {taken} numbers", None)
+            ablations[row] = dict(views=views, num_images=min(m, n_train))
     pairs = args.num_images * (1 + len(names))  # M, decoded
 
     def make_net() -> ConvNet:
@@ -719,15 +754,16 @@ def main(args: Args) -> dict:
     if not code:  # KRR-ST's, for comparison
         learned = dict(x=x_0, y=targets_train[index])
     else:
-        turned = [denormalise(view(x_0, name), data.mean, data.std) for name in names]
+        turned = (denormalise(view(x_0, name), data.mean, data.std) for name in names)
         targets = torch.cat([targets_train[index], *(teacher.targets(x, device) for x in turned)])  # ((1 + A) m, d)
         found_x = image_pca(data.x_train, data.mean, data.std, args.downsample, args.image_bases, device)
         found_y = feature_pca(targets_train, args.feature_bases, device)
         fixed = dict(mu_x=found_x.mean, mu_y=found_y.mean)
         variance = {"images": found_x.unexplained(), "targets": found_y.unexplained()}
-        print("bases: leave out {images:.1%} of the images' variance, {targets:.1%} of the targets'".format(**variance))
-        rows = downsample(data.x_train[index], data.mean, data.std, args.downsample)
-        b_x, c_x = first_code(found_x, rows, args.bases, args.balance, args.seed, "images")
+        words = "components: as many leave out {images:.1%} of the images' variance, {targets:.1%} of the targets'"
+        print(words.format(**variance))
+        rows = [downsample(part, data.mean, data.std, args.downsample) for part in data.x_train[index].split(1024)]
+        b_x, c_x = first_code(found_x, torch.cat(rows), args.bases, args.balance, args.seed, "images")
         b_y, c = first_code(found_y, targets, args.bases, args.balance, args.seed, "features")
         c_y, *c_v = c.view(1 + len(names), args.num_images, -1)
         learned = dict(b_x=b_x, c_x=c_x, b_y=b_y, c_y=c_y)
@@ -759,7 +795,9 @@ def main(args: Args) -> dict:
     pool = Pool(make_net, device, args)
     curve = []
     if run.state is None:
-        pool.warm_up(*(part.detach() for part in decoded()))
+        with torch.no_grad():
+            x_s, y_s = decoded()
+        pool.warm_up(x_s, y_s)
     else:
         with torch.no_grad():
             for key, value in learned.items():
@@ -785,7 +823,7 @@ def main(args: Args) -> dict:
     rows += (("bases_only", "and_views") if args.ablate else ()) + ("distilled",)
     rows += ("distilled_fp32",) if code and args.coefficients != "fp32" else ()
     rows += (("all_real",) if args.full_row else ()) + ("random_real_bytes", "kmeans_bytes")
-    rows += ("krr_st_bytes",) if args.compare and args.coefficients != "fp32" else ()
+    rows += ("krr_st_bytes",) if args.compare and "distilled_fp32" in rows else ()
 
     def make(model: str) -> Callable[[], torch.nn.Module]:
         return partial(pair_net, model, data.channels, data.size, dim, args.widths, args.norm)
@@ -806,14 +844,15 @@ def main(args: Args) -> dict:
     def seconds_later(done: int) -> float:
         """Of the distillations and evaluations that are still to come after `done` steps."""
         points = (args.steps - 1) // args.eval_every - done // args.eval_every if args.eval_every else 0
-        parts = args.pairs_steps * args.compare + 2 * args.steps * args.ablate  # as if each step took as long as ours
+        parts = args.pairs_steps * sum(row.startswith("krr_st") for row in rows) + len(ablations) * args.steps
+        # as if each of their steps took as long as ours
         return seconds_all + points * seconds_curve + parts * run.seconds_per_step()
 
     def as_stored(coefficients: str) -> tuple[Code, list[float] | None]:
         """The set as it is now, as a file holds it, and the unexplained share of each view's shift."""
         tensors, left = {key: value.detach().cpu() for key, value in (learned | fixed).items()}, at_start
         if names and args.approx in ("after", "rank"):
-            c_y, b_y = tensors["c_y"], tensors["b_y"]
+            c_y, b_y = dequantised(quantised({"c_y": tensors["c_y"]}, coefficients))["c_y"], tensors["b_y"]  # as read
             target = tensors.pop("c_v") - c_y
             if args.approx == "rank":
                 q = reduced_rank(c_y, target, b_y, args.hidden)
@@ -913,7 +952,9 @@ def main(args: Args) -> dict:
         optimizer.step()
         age, lr_img = pool.ages[slot], optimizer.param_groups[0]["lr"]
         schedule.step()
-        pool.grow(slot, *(part.detach() for part in decoded()))
+        with torch.no_grad():
+            x_s, y_s = decoded()
+        pool.grow(slot, x_s, y_s)
 
         done = step + 1
         logging = done % args.log_every == 0 or done in (1, args.steps)
@@ -931,6 +972,7 @@ def main(args: Args) -> dict:
             curve_point(done)
 
     # evaluation
+    del x_train, y_train  # the other sets' runs load their own
     distilled = save(args.steps)
     size, left = distilled.meta["storage"], distilled.meta.get("shift_unexplained")
     facts = dict(
@@ -959,7 +1001,7 @@ def main(args: Args) -> dict:
     def part(name: str, **changes) -> Distilled:
         """The set of a run like this one but for these flags, in a folder of this one's; made unless it is there."""
         if not (run.file(name) / "result.json").exists():
-            own = dict(compare=False, ablate=False, eval_every=0, coefficients="fp32", outer_views="all")
+            own = dict(compare=False, ablate=False, eval_every=0, coefficients="fp32")
             main(run.part(name, **own | changes))
             checkpoint(args.steps)  # its seconds count
         return load_distilled(run.file(name) / "distilled.safetensors", run.name)
@@ -968,10 +1010,6 @@ def main(args: Args) -> dict:
         rates = dict(lr_img=args.pairs_lr_img, lr_label=args.pairs_lr_label, steps=args.pairs_steps)
         plain = dict(bases="none", views="none", budget_rule="pairs", budget_images=n, num_images=n, lr_end=1e-3)
         return part(f"krr_st_{n}", **plain, **rates)
-
-    def ablation(name: str, views: str) -> Distilled:
-        m = fit_budget(floats_of(len(VIEWS[views]), "none"), budget, words, None)
-        return part(name, views=views, approx="none", num_images=min(m, n_train))
 
     def drawn(index: Tensor) -> tuple[Tensor, Tensor]:
         return normalise(data.x_train[index].to(device), mean, std), targets_train[index].to(device)
@@ -984,9 +1022,11 @@ def main(args: Args) -> dict:
     def kmeans(n: int) -> Callable[[int], tuple[Tensor, Tensor]]:
         return lambda r: drawn(medoids(n, args.seed, r))
 
-    # as many as the set's storage would hold, rounded up: by numbers, and by bytes, where a real pixel costs one
+    # as many as the set's storage would hold, rounded up: by numbers, and by bytes, where a real pixel costs one and a
+    # target's number four, or two beside rounded coefficients
+    counted = "pairs" if args.budget_rule == "pairs" else "images"
     n = min(n_train, ceil(size["pairs" if args.budget_rule == "pairs" else "pixels"]))
-    n_bytes = min(n_train, ceil(size["bytes"] / (image + 4 * dim)))
+    n_bytes = min(n_train, ceil(size["bytes"] / (image + (4 if args.coefficients == "fp32" else 2) * dim)))
     counts = dict(random_real=n, kmeans=n, random_real_bytes=n_bytes, kmeans_bytes=n_bytes)
     others = {row: (kmeans if row.startswith("kmeans") else random_real)(count) for row, count in counts.items()}
     made = {}
@@ -995,7 +1035,7 @@ def main(args: Args) -> dict:
         if "krr_st_bytes" in rows:
             made["krr_st_bytes"] = as_pairs(min(n_train, ceil(size["bytes"] / (4 * (image + dim)))))
     if args.ablate:
-        made |= {"bases_only": ablation("bases_only", "none"), "and_views": ablation("and_views", args.views)}
+        made |= {row: part(row, approx="none", **own) for row, own in ablations.items()}
     for row, each in made.items():
         others[row] = lambda r, each=each: (each.inputs().to(device), each.y.to(device))
         counts[row] = each.meta["num_images"]
@@ -1012,8 +1052,9 @@ def main(args: Args) -> dict:
             rows if model == args.eval_models[0] else rows[data.labelled :], args.cache_gb, scores_file(model), others,
         )  # fmt: skip
         caption = (
-            f"{data.name}, {model}, {args.num_images} images ({pairs} with views) in the storage of {n} pairs, step "
-            f"{args.steps}, seed {args.seed}: mean ± sample std over {args.eval_runs} networks; accuracies in per cent"
+            f"{data.name}, {model}, {args.num_images} images ({pairs} with views) in the storage of {n} {counted}, "
+            f"step {args.steps}, seed {args.seed}: mean ± sample std over {args.eval_runs} networks; accuracies in "
+            "per cent"
         )
         print(table(scores[model], caption))
     first = scores[args.eval_models[0]]

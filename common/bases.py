@@ -177,7 +177,9 @@ def view(x: Tensor, name: str) -> Tensor:
         top = slice(0, small) if "top" in name else slice(side - small, side)
         left = slice(0, small) if "left" in name else slice(side - small, side)
         return F.interpolate(x[:, :, top, left], size=(side, side), mode="bilinear", align_corners=False)
-    return {"brighter": x + 0.5, "darker": x - 0.5, "flatter": x * 0.5}[name]
+    if name not in VIEWS["tones"]:
+        raise ValueError(f"no view {name}")
+    return x * 0.5 if name == "flatter" else x + (0.5 if name == "brighter" else -0.5)
 
 
 def with_views(x: Tensor, names: tuple[str, ...]) -> Tensor:

@@ -245,15 +245,16 @@ def evaluate_pairs(
 
 def kmeans_medoids(features: Tensor, n: int, *key) -> Tensor:
     """Indices (n,) of the images nearest to the centres of n clusters of features (N, d), each once."""
-    from sklearn.cluster import KMeans
+    from sklearn.cluster import KMeans, MiniBatchKMeans
 
+    kind = KMeans if len(features) <= 200_000 else MiniBatchKMeans  # hours, else, on ImageNet
     features = features.double() - features.double().mean(0)  # so that float32's rounding cannot choose
-    fitted = KMeans(n, n_init=1, random_state=seed_of("kmeans", *key) % 2**32).fit(features.float().numpy())
-    distances = torch.cdist(torch.from_numpy(fitted.cluster_centers_).double(), features)  # (n, N)
+    fitted = kind(n, n_init=1, random_state=seed_of("kmeans", *key) % 2**32).fit(features.float().numpy())
     chosen = []
-    for row in distances:
-        row[chosen] = torch.inf
-        chosen.append(int(row.argmin()))
+    for centres in torch.from_numpy(fitted.cluster_centers_).double().split(64):
+        for row in torch.cdist(centres, features):  # (N,)
+            row[chosen] = torch.inf
+            chosen.append(int(row.argmin()))
     return torch.tensor(chosen)
 
 
@@ -376,7 +377,8 @@ def table(results: dict[str, dict[str, dict]], caption: str) -> str:
     """The rows as text: match as a fraction, accuracies in per cent, mean ± std."""
     words = dict(match="match error", probe="probe", few_5="5 a class", few_1="1 a class", finetune="fine-tuned")
     metrics = [m for m in words if any(m in row for row in results.values())]
-    lines = [f"{'':15}" + "".join(f"{words[m]:>16}" for m in metrics)]
+    width = max(15, *(len(name) + 1 for name in results))
+    lines = [" " * width + "".join(f"{words[m]:>16}" for m in metrics)]
     for name, row in results.items():
         cells = []
         for m in metrics:
@@ -386,5 +388,5 @@ def table(results: dict[str, dict[str, dict]], caption: str) -> str:
                 cells.append(f"{row[m]['mean']:.3f} ± {row[m]['std']:.3f}")
             else:
                 cells.append(f"{100 * row[m]['mean']:.1f} ± {100 * row[m]['std']:.1f}")
-        lines.append(f"{name.replace('_', ' '):15}" + "".join(f"{cell:>16}" for cell in cells))
+        lines.append(f"{name.replace('_', ' '):{width}}" + "".join(f"{cell:>16}" for cell in cells))
     return "\n".join([*lines, caption])

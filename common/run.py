@@ -36,7 +36,7 @@ import kernels
 
 # flags that may differ when a run is resumed: where it runs, how often it writes, what it keeps, how it is scored
 PLACE, OUTPUT = {"device", "backend", "data_dir", "out_dir"}, {"log_every", "save_every", "save_minutes"}
-FREE_ON_RESUME = PLACE | OUTPUT | {"resume", "full_row", "compare", "ablate"}
+FREE_ON_RESUME = PLACE | OUTPUT | {"resume", "full_row", "compare", "ablate", "coefficients"}
 FREE_ON_RESUME |= {"chunk", "cache_gb", "cache_device", "labels", "teacher_train_mode", "published_metric"}
 # what takes memory, in the order in which lowering it costs the least
 MEMORY_FLAGS = ("cache_gb", "chunk", "recover_batch", "batch_real", "teacher_batch", "num_images", "ipc")

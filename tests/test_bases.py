@@ -456,7 +456,7 @@ def test_views_come_image_by_image_after_all_images(names):
 
 
 def test_an_unknown_view_is_not_taken_for_another():
-    with pytest.raises(KeyError):
+    with pytest.raises(ValueError):
         view(draw(1, 1, 4, 4), "rot45")
 
 
