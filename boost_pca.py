@@ -38,8 +38,8 @@ from common.bases import (
     view,
 )  # fmt: skip
 from common.data import Data, denormalise, describe, hold_out, load, normalise
-from common.evaluate import Protocol, evaluate_pairs, kmeans_medoids, paired, predict_seconds, table
 from common.models import PAIR_NETS, ConvNet, convnet_depth, features_chunked, pair_net, resnet_dim
+from common.pairs import Protocol, evaluate_pairs, kmeans_medoids, paired, predict_seconds, table
 from common.recipes import fill_teacher, train_teacher
 from common.run import (
     Run,

@@ -21,8 +21,8 @@ import kernels
 from common.artefact import Distilled, load_distilled, save_distilled
 from common.augment import draw_variants, gather, resident
 from common.data import Data, denormalise, describe, hold_out, load, normalise
-from common.evaluate import Protocol, evaluate_pairs, paired, predict_seconds, table
 from common.models import ConvNet, convnet_depth, features_chunked, resnet_dim
+from common.pairs import Protocol, evaluate_pairs, paired, predict_seconds, table
 from common.recipes import fill_teacher, train_teacher
 from common.run import (
     Run,

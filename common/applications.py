@@ -27,8 +27,8 @@ from tqdm import tqdm
 from common.artefact import Distilled, load_distilled, save_distilled
 from common.augment import upload
 from common.data import Data, Inputs, Zca, part_of
-from common.evaluate import Scored, accuracy, summarise
 from common.models import frepo_student
+from common.pairs import Scored, accuracy, summarise
 from common.run import (
     FREE_ON_RESUME,
     Run,

@@ -36,7 +36,7 @@ from tqdm import tqdm
 import common.students
 from common.augment import boxes, counter_uniform, crop_variants, gather, resample, upload
 from common.data import Data, Inputs, normalise
-from common.evaluate import Scored, seconds_of, summarise
+from common.pairs import Scored, seconds_of, summarise
 from common.run import UserError, first_line, rng, seeded, write_atomic
 from common.students import BLOCK
 

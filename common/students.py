@@ -1,6 +1,6 @@
 """How good a labelled distilled set is: students trained on it from scratch by FRePo's schedule, and kernel ridge.
 
-Apart from common/evaluate.py, which scores pairs of image and teacher feature by pretraining. Every row is trained and
+Apart from common/pairs.py, which scores pairs of image and teacher feature by pretraining. Every row is trained and
 scored the same way, at the last update, on all test images:
   a model's name   accuracy of fresh students of that architecture
   krr              accuracy of kernel ridge regression from the row's images, on features of the first model's students
@@ -24,8 +24,8 @@ import kernels
 from common.artefact import Distilled
 from common.augment import dsa, upload
 from common.data import Data, Inputs
-from common.evaluate import Scored, seconds_of, summarise
 from common.models import frepo_student
+from common.pairs import Scored, seconds_of, summarise
 from common.run import UserError, rng, seeded
 
 # updates of a student by the number of images, as published; ISA's script differs in three places

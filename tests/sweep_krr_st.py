@@ -18,7 +18,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import common.evaluate
+import common.pairs
 import krr_st
 from common.run import rng, write_json
 
@@ -47,7 +47,7 @@ if __name__ == "__main__":
     base = tyro.cli(krr_st.Args, args=options.flags)
     base = dataclasses.replace(base, eval_finetune_steps=0)
     if options.match_only:
-        common.evaluate.probes = lambda *args: {}
+        common.pairs.probes = lambda *args: {}
     path = Path(__file__).parent / "results" / "krr_st" / f"sweep_{options.name}.json"
     runs = json.loads(path.read_text())["runs"] if path.exists() else []
     for lr_img, lr_label, max_age in itertools.product(options.lr_img, options.lr_label, options.max_age):

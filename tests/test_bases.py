@@ -39,7 +39,7 @@ from common.bases import (
     with_views,
 )
 from common.data import Zca, denormalise, normalise
-from common.evaluate import kmeans_medoids
+from common.pairs import kmeans_medoids
 from common.run import seed_of
 
 F64, CPU = torch.float64, torch.device("cpu")

@@ -22,14 +22,14 @@ from torch import nn
 from watched import equal, same_end, start
 
 import boost_pca
-import common.evaluate
+import common.pairs
 import common.run
 import krr_st
 from boost_pca import Args, Pool, fit_budget, fit_networks, main, reduced_rank
 from common.artefact import load_distilled
 from common.bases import VIEWS, Code, Pca, feature_pca, quantised, storage
 from common.data import load
-from common.evaluate import kmeans_medoids
+from common.pairs import kmeans_medoids
 from common.recipes import SETTINGS
 from common.run import rng
 from common.teacher import load_own
@@ -59,10 +59,10 @@ def cheap(monkeypatch) -> None:
     def score(net, data, targets_test, device, *rest):
         x = (data.x_test.float() / 255 - data.mean[:, None, None]) / data.std[:, None, None]
         with torch.no_grad():
-            return {"match": common.evaluate.matching_error(net.eval()(x), targets_test)}
+            return {"match": common.pairs.matching_error(net.eval()(x), targets_test)}
 
-    monkeypatch.setattr(common.evaluate, "score_network", score)
-    monkeypatch.setattr(common.evaluate, "probes", lambda *args: {"probe": 0.5})
+    monkeypatch.setattr(common.pairs, "score_network", score)
+    monkeypatch.setattr(common.pairs, "probes", lambda *args: {"probe": 0.5})
     monkeypatch.setattr(boost_pca, "predict_seconds", lambda *args: 0.0)
     monkeypatch.setattr(common.run.Run, "plot", lambda *args: None)
     monkeypatch.setattr(common.run.Run, "grid", lambda *args: None)
@@ -888,14 +888,14 @@ def test_an_unlabelled_folder_reports_the_teacher_match_alone(tmp_path, shape):
 
 
 def watched_fits(monkeypatch) -> list[dict]:
-    fits, fit = [], common.evaluate.fit_pairs
+    fits, fit = [], common.pairs.fit_pairs
 
     def record(net, x, y, *key, **rest):
         first = {name: value.clone() for name, value in net.state_dict().items()}
         fits.append(dict(x=x, y=y, key=key, first=first, **rest))
         return fit(net, x, y, *key, **rest)
 
-    monkeypatch.setattr(common.evaluate, "fit_pairs", record)
+    monkeypatch.setattr(common.pairs, "fit_pairs", record)
     return fits
 
 
@@ -1063,7 +1063,7 @@ def test_a_renamed_copy_runs_and_names_its_own_runs(tmp_path, out_dir, quick, mo
 
 def stopped(out_dir, monkeypatch, place: str, nth: int, **changes) -> Path:
     """A run that meets KeyboardInterrupt at the nth call of a function of boost_pca, or of the evaluation."""
-    module = common.evaluate if place == "score_network" else boost_pca
+    module = common.pairs if place == "score_network" else boost_pca
     function, calls = getattr(module, place), []
 
     def stop(*args, **kwargs):
@@ -1124,7 +1124,7 @@ def test_a_finished_run_takes_further_rows_and_does_nothing_twice(out_dir, teach
 
     monkeypatch.setattr(boost_pca, "krr_st_loss", never)
     monkeypatch.setattr(boost_pca, "main", never)  # of the parts
-    monkeypatch.setattr(common.evaluate, "fit_pairs", never)
+    monkeypatch.setattr(common.pairs, "fit_pairs", never)
     third = main(common.run.load_args(Args, folder))
     assert third["eval"] == again["eval"] and third["counts"] == again["counts"]
     assert equal(before, {path: load_file(path) for path in folder.rglob("distilled.safetensors")})

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from watched import equal, same_end
 
-import common.evaluate
+import common.pairs
 import common.run
 import kernels
 import krr_st
@@ -638,7 +638,7 @@ def test_a_stop_in_an_evaluation_of_the_curve_goes_on_with_it(out_dir, tmp_path,
     flags = dict(eval_every=5, save_every=100)
     shutil.copytree(out_dir / "teachers", tmp_path / "straight" / "teachers")
     main(tiny(tmp_path / "straight", **flags))
-    score, calls = common.evaluate.score_network, []
+    score, calls = common.pairs.score_network, []
 
     def stop(*args):
         calls.append(args)
@@ -646,13 +646,13 @@ def test_a_stop_in_an_evaluation_of_the_curve_goes_on_with_it(out_dir, tmp_path,
             raise KeyboardInterrupt
         return score(*args)
 
-    monkeypatch.setattr(common.evaluate, "score_network", stop)
+    monkeypatch.setattr(common.pairs, "score_network", stop)
     with pytest.raises(KeyboardInterrupt):
         main(tiny(out_dir, **flags))
     folder = only_run(out_dir)
     assert common.run.load_checkpoint(folder / "checkpoint.pt")["step"] == 5
     calls.clear()
-    monkeypatch.setattr(common.evaluate, "score_network", lambda *args: calls.append(args) or score(*args))
+    monkeypatch.setattr(common.pairs, "score_network", lambda *args: calls.append(args) or score(*args))
     main(common.run.load_args(Args, folder))
     assert len(calls) == 1 + 2 + 3 * 2  # the second network at step 5, step 10, and the table
     same_end(folder, only_run(tmp_path / "straight"))

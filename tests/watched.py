@@ -127,8 +127,8 @@ def main() -> None:
     import common.applications
     import common.barlow
     import common.dino
-    import common.evaluate
     import common.moco
+    import common.pairs
     import common.pretrain
     import common.relabel
     import common.run
@@ -171,7 +171,7 @@ def main() -> None:
     watch(common.dino, "cross_view_loss", "teacher")
     watch(common.pretrain, "augmented", "label")
     watch(common.pretrain, "probe_lr", "probe")
-    watch(common.evaluate, "score_network", "score")
+    watch(common.pairs, "score_network", "score")
     watch(common.students, "score_student", "score")
     watch(common.applications, "outputs", "score")
     watch(os, "replace", "rename")

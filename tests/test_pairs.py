@@ -1,4 +1,4 @@
-"""common/evaluate.py: every score against a naive restatement; the rows of a table differ in their pairs only."""
+"""common/pairs.py: every score against a naive restatement; the rows of a table differ in their pairs only."""
 
 import dataclasses
 import itertools
@@ -10,10 +10,11 @@ import pytest
 import torch
 from sklearn.linear_model import Ridge
 
-import common.evaluate
+import common.pairs
 from common.artefact import Distilled
 from common.data import load, normalise
-from common.evaluate import (
+from common.models import ConvNet, ResNet
+from common.pairs import (
     Protocol,
     accuracy,
     evaluate_pairs,
@@ -26,7 +27,6 @@ from common.evaluate import (
     summarise,
     table,
 )
-from common.models import ConvNet, ResNet
 from common.run import rng, seeded
 from common.teacher import Teacher
 
@@ -94,7 +94,7 @@ def test_few_label_probe_is_ridge_regression_to_the_classes(monkeypatch, n, dim)
     f_l[..., 0] += y_l
     f_test[:, 0] += y_test
     seen = []
-    monkeypatch.setattr(common.evaluate, "accuracy", lambda scores, y: seen.append(scores) or accuracy(scores, y))
+    monkeypatch.setattr(common.pairs, "accuracy", lambda scores, y: seen.append(scores) or accuracy(scores, y))
     found = few_label_probe(f_l, y_l, f_test, y_test, classes, ridge)
     for f, y, scores, value in zip(f_l.numpy(), y_l.numpy(), seen, found, strict=True):
         centred = f - f.mean(0)
@@ -124,7 +124,7 @@ def test_linear_probe_learns_what_a_line_separates():
 def test_linear_probe_is_sgd_with_a_cosine(monkeypatch):
     """By hand in float64: batches of 512, momentum 0.9, no decay, gradients of the cross-entropy."""
     (f, y), steps, lr, seen = clusters(200, 1), 5, 0.2, []
-    monkeypatch.setattr(common.evaluate, "accuracy", lambda scores, y: seen.append(scores) or 0.0)
+    monkeypatch.setattr(common.pairs, "accuracy", lambda scores, y: seen.append(scores) or 0.0)
     probe("b", steps=steps, lr=lr)
     with seeded("probe", "b"):
         head = torch.nn.Linear(6, 4)
@@ -156,14 +156,14 @@ def test_linear_probe_repeats_by_key():
 
 
 def test_finetune_learns_digits_and_never_mirrors_them(digits, monkeypatch):
-    flips, batches, whole, counter = [], [], common.evaluate.crop_flip, itertools.count(1)
+    flips, batches, whole, counter = [], [], common.pairs.crop_flip, itertools.count(1)
 
     def record(x, generator, flip):
         flips.append(flip)
         batches.append(x)
         return whole(x, generator, flip)
 
-    monkeypatch.setattr(common.evaluate, "crop_flip", record)
+    monkeypatch.setattr(common.pairs, "crop_flip", record)
 
     def tuned(*key, steps):
         torch.manual_seed(0)
@@ -223,9 +223,9 @@ class Spy:
 
     def __init__(self, monkeypatch):
         self.starts, self.fits, self.draws = [], [], []
-        self.fit, self.draw = common.evaluate.fit_pairs, common.evaluate.few_label_draws
-        monkeypatch.setattr(common.evaluate, "fit_pairs", self.on_fit)
-        monkeypatch.setattr(common.evaluate, "few_label_draws", self.on_draw)
+        self.fit, self.draw = common.pairs.fit_pairs, common.pairs.few_label_draws
+        monkeypatch.setattr(common.pairs, "fit_pairs", self.on_fit)
+        monkeypatch.setattr(common.pairs, "few_label_draws", self.on_draw)
 
     def make_net(self):
         net = ConvNet(1, 8, 16, (4, 8))
@@ -331,7 +331,7 @@ def test_finetuning_may_be_left_out(few, teacher, targets):
 def test_features_are_frozen_and_normalised_kept_or_not(few, teacher, targets, monkeypatch, cached):
     """The probe's features, of the teacher as they are and of a network."""
     seen, distilled = [], as_distilled(*real_pairs(few, targets, 0))
-    monkeypatch.setattr(common.evaluate, "linear_probe", lambda *args: seen.append(args) or 0.5)
+    monkeypatch.setattr(common.pairs, "linear_probe", lambda *args: seen.append(args) or 0.5)
     nets, embedded, few_draws = [], [], TINY.few_draws
 
     def make_net():
@@ -371,7 +371,7 @@ def test_scores_do_not_depend_on_the_cache(scored, few, teacher, targets):
 def test_a_stopped_evaluation_goes_on_at_the_network_it_was_at(scored, few, targets, tmp_path, monkeypatch):
     distilled, keep = as_distilled(*real_pairs(few, targets, 1)), tmp_path / "evaluation.json"
     make_net = lambda: ConvNet(1, 8, 16, (4, 8))  # noqa: E731
-    original, calls = common.evaluate.score_network, []
+    original, calls = common.pairs.score_network, []
 
     def stop(*args):
         calls.append(args[-2:])
@@ -383,10 +383,10 @@ def test_a_stopped_evaluation_goes_on_at_the_network_it_was_at(scored, few, targ
         calls.clear()
         return evaluate_pairs(pairs, few, *targets, make_net, CPU, protocol, seed, ROWS, keep=keep)
 
-    monkeypatch.setattr(common.evaluate, "score_network", stop)
+    monkeypatch.setattr(common.pairs, "score_network", stop)
     with pytest.raises(KeyboardInterrupt):
         run()
-    monkeypatch.setattr(common.evaluate, "score_network", lambda *args: calls.append(args[-2:]) or original(*args))
+    monkeypatch.setattr(common.pairs, "score_network", lambda *args: calls.append(args[-2:]) or original(*args))
     assert run() == scored[0]
     assert calls == [(3, 1), (3, 0), (3, 1), (3, 0), (3, 1)]  # from random_real's second network on
     assert run() == scored[0] and not calls
@@ -405,17 +405,17 @@ def test_a_stopped_evaluation_goes_on_at_the_network_it_was_at(scored, few, targ
 
 def test_the_prediction_counts_the_steps(few, targets, monkeypatch):
     """Every step timed as one second, every image by its batch."""
-    monkeypatch.setattr(common.evaluate, "seconds_of", lambda function, device: function() or 1.0)
-    monkeypatch.setattr(common.evaluate, "apply_chunked", lambda function, x: None)
-    monkeypatch.setattr(common.evaluate, "linear_probe", lambda *args: None)
-    monkeypatch.setattr(common.evaluate, "few_label_probe", lambda *args: None)
-    monkeypatch.setattr(common.evaluate, "fit_pairs", lambda *args, **sgd: None)
+    monkeypatch.setattr(common.pairs, "seconds_of", lambda function, device: function() or 1.0)
+    monkeypatch.setattr(common.pairs, "apply_chunked", lambda function, x: None)
+    monkeypatch.setattr(common.pairs, "linear_probe", lambda *args: None)
+    monkeypatch.setattr(common.pairs, "few_label_probe", lambda *args: None)
+    monkeypatch.setattr(common.pairs, "fit_pairs", lambda *args, **sgd: None)
     make_net = lambda: ConvNet(1, 8, 16, (4, 8))  # noqa: E731
     protocol = dataclasses.replace(TINY, runs=3, epochs=7, batch=8, probe_steps=40, finetune_steps=5, finetune_batch=4)
 
     def predict(data, rows, **changes):
         used = dataclasses.replace(protocol, **changes)
-        return common.evaluate.predict_seconds(make_net, data, N_S, 16, CPU, used, 1.0, rows)
+        return common.pairs.predict_seconds(make_net, data, N_S, 16, CPU, used, 1.0, rows)
 
     fit = 7 * -(-N_S // 8)
     image, probes = 1 / 8, 40 / 20 + 1.5 * DRAWS
@@ -436,8 +436,8 @@ def test_seconds_of_is_the_mean_after_a_first_call(monkeypatch):
     def function():
         Clock.now += 10.0 if Clock.now == 0 else 0.02  # the first call also loads what it needs
 
-    monkeypatch.setattr(common.evaluate.time, "monotonic", lambda: Clock.now)
-    assert common.evaluate.seconds_of(function, CPU) == pytest.approx(0.02)
+    monkeypatch.setattr(common.pairs.time, "monotonic", lambda: Clock.now)
+    assert common.pairs.seconds_of(function, CPU) == pytest.approx(0.02)
 
 
 # ------------------------------------------------------------------------------------------------------------ summaries
