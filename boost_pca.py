@@ -868,7 +868,8 @@ def main(args: Args) -> dict:
     def save(step: int) -> Distilled:
         """Save the set and load it again: what is scored is what was saved."""
         x = y = stored = None
-        extra = dict(budget=dict(images=args.budget_images, rule=args.budget_rule, floats=budget))
+        extra = dict(widths=args.widths, norm=args.norm)
+        extra |= dict(budget=dict(images=args.budget_images, rule=args.budget_rule, floats=budget))
         if code:
             stored, left = as_stored(args.coefficients)
             extra |= dict(storage=stored_size(stored.tensors), shift_unexplained=left)

@@ -540,6 +540,7 @@ def main(args: Args) -> dict:
             seed=args.seed,
             recipe=vars(recipe),
             teacher=teacher.info | dict(name=teacher.name),
+            extra=dict(widths=args.widths, norm=args.norm),
         )
         return load_distilled(run.file("distilled.safetensors"), run.name)
 

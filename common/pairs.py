@@ -84,15 +84,20 @@ def accuracy(scores: Tensor, y: Tensor) -> float:
     return float((scores.argmax(1).cpu() == y.cpu()).float().mean())
 
 
-def few_label_draws(y: Tensor, per_class: int, draws: int, *key) -> Tensor:
-    """Index sets with `per_class` training images of every class, all of a class that has fewer: (draws, n)."""
+def few_label_draws(y: Tensor, per_class: int | float, draws: int, *key) -> Tensor:
+    """Index sets with `per_class` training images of every class, all of a class that has fewer: (draws, n).
+
+    per_class: a number of images, or below 1 a share of each class, rounded, at least one image.
+    """
     counts = y.bincount()
     ends = counts.cumsum(0)
+    wanted = (counts * per_class + 0.5).long().clamp(min=1) if per_class < 1 else torch.full_like(counts, per_class)
     sets = []
     for draw in range(draws):
         order = torch.randperm(len(y), generator=rng("few", *key, per_class, draw))
         by_class = order[torch.argsort(y[order], stable=True)]  # shuffled inside each class
-        sets.append(torch.cat([by_class[end - n : end][:per_class] for end, n in zip(ends, counts, strict=True)]))
+        ranges = zip(ends.tolist(), counts.tolist(), wanted.tolist(), strict=True)
+        sets.append(torch.cat([by_class[end - n : end][:most] for end, n, most in ranges]))
     return torch.stack(sets)
 
 
@@ -112,11 +117,18 @@ def few_label_probe(
     return [accuracy((f_test - c) @ head + b, y_test) for c, head, b in zip(centre, heads, offset, strict=True)]
 
 
-def finetune(net: ConvNet, data: Data, device: torch.device, protocol: Protocol, *key) -> float:
+def finetune(
+    net: nn.Module,
+    data: Data,
+    device: torch.device,
+    protocol: Protocol,
+    *key,
+    prepare: Callable[[Tensor], Tensor] = lambda x: x,
+) -> float:
     """Test accuracy after training all weights with a new head: SGD 0.9, cosine to zero, crop and flip, last step.
 
     Source: KRR-ST's code (batch 256, lr 0.01, weight decay 5e-4, 10,000 steps on CIFAR). Sets that must not be
-    mirrored are only cropped.
+    mirrored are only cropped. prepare: what is done to normalised images before the network takes them.
     """
     with seeded("finetune head", *key):
         net.head = nn.Linear(net.dim, data.num_classes).to(device)
@@ -128,13 +140,13 @@ def finetune(net: ConvNet, data: Data, device: torch.device, protocol: Protocol,
     for step in range(protocol.finetune_steps):
         index = torch.randint(len(data.x_train), (protocol.finetune_batch,), generator=generator)
         x = crop_flip(data.x_train[index].to(device), generator, data.flip)  # pads with black, as the original
-        loss = F.cross_entropy(net(normalise(x, mean, std)), data.y_train[index].to(device))
+        loss = F.cross_entropy(net(prepare(normalise(x, mean, std))), data.y_train[index].to(device))
         optimizer.param_groups[0]["lr"] = cosine_lr(step, protocol.finetune_steps, 0, lr)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     net.eval()
-    scores = apply_chunked(lambda x: net(normalise(x.to(device), mean, std)).cpu(), data.x_test)
+    scores = apply_chunked(lambda x: net(prepare(normalise(x.to(device), mean, std))).cpu(), data.x_test)
     return accuracy(scores, data.y_test)
 
 

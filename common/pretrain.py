@@ -366,13 +366,18 @@ def follow_(slow: list[Tensor], fast: list[Tensor], momentum: float) -> None:
 
 
 @torch.no_grad()
-def knn_accuracy(f_train: Tensor, y_train: Tensor, f_test: Tensor, y_test: Tensor, k: int = 20) -> float:
-    """Accuracy of a k-nearest-neighbour vote by cosine, weighted by exp(similarity / 0.07) (Wu et al. 2018)."""
+def knn_accuracy(
+    f_train: Tensor, y_train: Tensor, f_test: Tensor, y_test: Tensor, k: int = 20, temperature: float = 0.07
+) -> float:
+    """Accuracy of a k-nearest-neighbour vote by cosine, weighted by exp(similarity / temperature) (Wu et al. 2018).
+
+    f_train: (N, d), y_train: (N,), f_test: (M, d), y_test: (M,), all on one device.
+    """
     f_train, f_test = F.normalize(f_train, dim=1), F.normalize(f_test, dim=1)
     k, classes, right = min(k, len(f_train)), int(y_train.max()) + 1, 0
     for f, y in zip(f_test.split(512), y_test.split(512), strict=True):
         similarity, index = (f @ f_train.T).topk(k)
-        votes = torch.zeros(len(f), classes).scatter_add_(1, y_train[index], (similarity / 0.07).exp())
+        votes = f.new_zeros(len(f), classes).scatter_add_(1, y_train[index], (similarity / temperature).exp())
         right += int((votes.argmax(1) == y).sum())
     return right / len(f_test)
 

@@ -471,6 +471,16 @@ def is_scored(done: int, recipe: SoftRecipe) -> bool:
     return done % 10 == 0 or done == recipe.epochs
 
 
+def views_key(recipe: SoftRecipe, seed: int, run: int) -> tuple[tuple, tuple]:
+    """(key of the views, what is added to it for the batches) of the run-th student, for post_train.
+
+    With stored labels all students see the same views, in other batches unless the teacher saw these batches.
+    """
+    if recipe.labels == "stored":
+        return (seed,), () if recipe.teacher_train else (run,)
+    return (seed, run), ()
+
+
 def evaluate_soft(
     sets: dict[str, tuple[Tensor, Tensor] | Callable[[int], tuple[Tensor, Tensor]]],
     data: Data,
@@ -521,11 +531,9 @@ def evaluate_soft(
                 continue
             pixels, y = sets[row](run) if made is None else made
             x = Inputs(pixels, data.mean, data.std, None, device, 0.0, spare)
-            key, order, labels = (seed, run), (), teacher
-            if recipe.labels == "stored":
-                key, order = (seed,), () if recipe.teacher_train else (run,)
-                if row in stored:
-                    labels = StoredLabels(stored[row], x, recipe, *key, teacher=teacher)
+            (key, order), labels = views_key(recipe, seed, run), teacher
+            if recipe.labels == "stored" and row in stored:
+                labels = StoredLabels(stored[row], x, recipe, *key, teacher=teacher)
             with seeded("student", seed, run):  # the run-th student of every row starts alike
                 net = make_student().to(device)
             best = [0.0]

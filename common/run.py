@@ -76,7 +76,7 @@ def cli(main: Callable, args_class: type) -> None:
         fail(str(error))
     except KeyboardInterrupt:
         again = f"--resume {shlex.quote(str(Run.latest))}" if Run.latest else shlex.join(sys.argv[1:])
-        print(f"\nstopped; go on with: {interpreter()} {shlex.quote(sys.argv[0])} {again}".rstrip(), file=sys.stderr)
+        print(f"\nstopped; go on with: {interpreter()} {program()} {again}".rstrip(), file=sys.stderr)
         sys.exit(128 + (_stop["signal"] or signal.SIGINT))
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
@@ -93,6 +93,12 @@ def interpreter() -> str:
     """What to type for this Python: "python" where that is the one on the path."""
     found = shutil.which("python")
     return "python" if found and os.path.samefile(found, sys.executable) else shlex.quote(sys.executable)
+
+
+def program() -> str:
+    """What to type behind it for this program: a script's path, or -m and a module's name."""
+    spec = sys.modules["__main__"].__spec__
+    return shlex.quote(sys.argv[0]) if spec is None or not spec.parent else f"-m {spec.name}"
 
 
 def quiet_about_files(info) -> None:
@@ -135,8 +141,17 @@ def load_args(args_class: type, folder: str | Path):
     fields = {f.name for f in dataclasses.fields(args_class)}
     if unknown := sorted(set(saved) - fields):
         raise UserError(f"--resume {folder}: made by another script or version (it has {', '.join(unknown)})")
-    saved = {key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()}
-    return args_class(**saved | {"resume": str(folder)})
+    return restored(args_class, saved | {"resume": str(folder)})
+
+
+def restored(kind: type, saved: dict):
+    """A dataclass from what JSON kept of it: lists were tuples, dictionaries dataclasses of their own."""
+    made, values = {field.name: field.default_factory for field in dataclasses.fields(kind)}, {}
+    for key, value in saved.items():
+        if isinstance(value, dict) and dataclasses.is_dataclass(made[key]):
+            value = restored(made[key], value)
+        values[key] = tuple(value) if isinstance(value, list) else value
+    return kind(**values)
 
 
 def preset_name(presets: dict[str, dict], choice: str | None, data_name: str, named: bool, size: int) -> str:

@@ -1,0 +1,932 @@
+"""Score any distilled set, ours or another project's, under any protocol, beside its honest neighbours.
+
+    python -m common.evaluate runs/.../distilled.safetensors                     # as its own script scores it
+    python -m common.evaluate SET --protocol probe finetune --data cifar10 path/to/folder --models convnet vgg11
+    python -m common.evaluate SET --table 1                                      # KRR-ST's seven targets
+    python -m common.evaluate --report runs/...                                  # one page of what runs have made
+
+Every row (a set, or a neighbour: common/rows.py) is a training set for --runs networks of each of --models; each is
+trained once by the schedule of its kind and then used on every target under every protocol (common/protocols.py). A use
+is a cell of the table, scored at the last step on all test images and kept in the run's folder as soon as it is done:
+--resume RUN_DIR computes what is missing, also for more rows, targets, protocols, models or networks than before.
+Cells are spread over processes by `torchrun --nproc-per-node 4 -m common.evaluate ...`.
+"""
+
+import copy
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields, make_dataclass, replace
+from datetime import timedelta
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from tqdm import tqdm
+
+import kernels
+from common.artefact import Distilled
+from common.baselines import DM, DSA
+from common.data import Data, Inputs, describe, hold_out, load
+from common.exchange import load_any
+from common.models import convnet_depth
+from common.pairs import Protocol, finetune, matching_error, paired, summarise
+from common.pretrain import train_supervised
+from common.protocols import (
+    KINDS,
+    LONG,
+    KdRecipe,
+    LabelRecipe,
+    distil_knowledge,
+    embed,
+    knn_of,
+    neighbours_vote,
+    probe,
+    probes_of,
+    test_accuracy,
+    without_flip,
+)  # fmt: skip
+from common.relabel import SoftRecipe, net_digest
+from common.report import write_report
+from common.rows import (
+    NEIGHBOURS,
+    WIDTHS,
+    Entry,
+    Row,
+    kind_of,
+    make_network,
+    neighbour,
+    on_device,
+    own_models,
+    own_row,
+    recipes_for,
+    trained,
+)  # fmt: skip
+from common.run import (
+    Run,
+    UserError,
+    check_limits,
+    cli,
+    commit,
+    device_words,
+    first_line,
+    new_folder,
+    peak_memory,
+    pick_device,
+    rng,
+    seeded,
+    versions,
+    write_atomic,
+    write_json,
+)  # fmt: skip
+from common.sets import NAMED
+from common.students import Recipe, score_student
+from common.teacher import Teacher, classifier, load_classifier, load_teacher
+
+FULL = ("cifar100", "cifar10", "aircraft", "cars", "cub200", "dogs", "flowers")  # KRR-ST's seven, from CIFAR-100
+TABLES = {  # KRR-ST's Tables 1 to 3 by their columns, and the rows that stand above krr_st there
+    1: ("cifar100", FULL, ("none", "random:labels", "kmeans:labels", "dsa", "dm", "mtt", "kip", "frepo")),
+    2: ("tiny_imagenet", ("tiny_imagenet", *FULL[1:]),
+        ("none", "random:labels", "kmeans:labels", "dsa", "dm", "mtt", "frepo")),
+    3: ("imagenet", ("cifar10", "cifar100", *FULL[2:]), ("none", "random:labels", "frepo")),
+}  # fmt: skip
+
+
+def optional(kind: type, *leave: str) -> type:
+    """`kind` with None as every default, for flags that win over what a set's file says; its help gives the defaults."""
+    flags = []
+    for each in fields(kind):
+        if each.name not in leave:
+            default = f"{each.default}" if each.default is not each.default_factory else "by the number of images"
+            words = f"None: as the set's file says, else {default}"
+            flags.append((each.name, Annotated[each.type | None, tyro.conf.arg(help=words)], None))
+    return make_dataclass(f"{kind.__name__}Flags", flags, namespace=dict(__module__=__name__))
+
+
+TransferFlags, ScoresFlags, SoftFlags = optional(Protocol, "runs"), optional(Recipe, "runs"), optional(SoftRecipe, "runs")
+
+
+@dataclass
+class Args:
+    artefacts: tyro.conf.Positional[tuple[str, ...]] = ()
+    """sets to score: distilled.safetensors of a run, or another project's files (see python -m common.exchange --help)"""
+    report: tuple[str, ...] = ()
+    """run folders to write one HTML page about, into the first of them, instead of scoring anything"""
+
+    # what is scored on what
+    protocol: tuple[Literal["scratch", "probe", "finetune", "knn", "kd"], ...] = ()
+    """scratch: networks trained on the set alone, on test images of its classes; probe, finetune, knn: of networks
+    pretrained on the set, on the target; kd: a classifier of the target taught to them on the set's images alone.
+    None given: scratch for sets with labels, probe for sets of features"""
+    data: tuple[str, ...] = ()
+    """targets: names of data sets or folders, loaded at the set's size; none given: what the set was distilled from"""
+    targets: Literal["full"] | None = None
+    """full: KRR-ST's seven targets, beside those of --data"""
+    table: Literal[1, 2, 3] | None = None
+    """print rows and columns as KRR-ST's table of this number does (fine-tuned ConvNets, 3 networks); --data takes the
+    place of its targets, --neighbours of the rows that are made here"""
+    models: tuple[str, ...] = ("own",)
+    """own: what the set's script scored it by; convnet, vgg11, alexnet, mobilenet, resnet10, resnet18, vit (KRR-ST's
+    variants), timm:NAME, dc_convnet (128 channels, instance norm), frepo_NAME (FRePo's evaluation networks)"""
+    neighbours: tuple[str, ...] | None = None
+    """rows beside the sets: none, gaussian, random, kmeans, kmeans_pixels, herding, high_loss, dm, dsa, all_real,
+    teacher, or NAME:KIND with features, scores, labels or soft as the kind of targets; None: none random"""
+    ranking: bool = False
+    """hard-label recovery and improvement over random of each set with labels (protocol scratch), with their rows"""
+    runs: int | None = None
+    """networks of each row and model; None: as the set's file says, else 5"""
+    seed: int | None = None
+    """of networks, batches and drawn images; None: the set's own"""
+    widths: tuple[int, ...] | None = None
+    """channels of the ConvNet's blocks, the first scales the other networks; None: as the set's file says, else the
+    published ones"""
+    norm: Literal["batch", "instance", "none"] | None = None
+    """of the ConvNet; None: as the set's file says, else batch"""
+
+    # the sets
+    source: str | None = None
+    """what the sets were distilled from, a name or a folder; None: as the set's run or file says"""
+    form: Literal["auto", "ours", "krr_st", "mtt", "dc", "folder", "npz", "ddranking"] = "auto"
+    """of the sets' files; auto: recognised"""
+    space: Literal["normalised", "whitened", "pixels"] | None = None
+    """what the numbers of another project's images are; None: as its form has them"""
+    experiment: int = 0
+    """of a DC file with several"""
+    size: int | None = None
+    """side of the images of another project's sets; None: the source's usual one"""
+    y: Literal["own", "labels", "soft"] = "own"
+    """how networks are trained on the sets; own: as the file says (labels: on their highest class; soft: on --teacher's
+    labels of augmented views)"""
+    teacher: str | None = None
+    """of the sets' targets or labels: a file, torchvision:NAME or timm:NAME; None: the one the set's file names, looked
+    for in teachers/ beside its run and in --out-dir"""
+    stem_padding: int = 2
+    """of a --teacher file whose stem is 3x3"""
+
+    # where it runs
+    data_dir: str = "data"
+    """where public sets are downloaded to and decoded folders are cached"""
+    resize: Literal["squash", "crop"] | None = None
+    """of targets that are photographs of all shapes; None: as the set's"""
+    out_dir: str = "runs"
+    """run folders go here; teachers are looked for and trained in its teachers/"""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps"""
+    resume: str | None = None
+    """folder of an evaluation to go on with; finished cells are not computed again"""
+    cache_gb: float = 4.0
+    """gigabytes for features of a training set, and for whitened images"""
+
+    # schedules, published ones as defaults
+    transfer: TransferFlags = field(default_factory=TransferFlags)
+    """pretraining on features (epochs to weight_decay), probes and fine-tuning: KRR-ST's; finetune_steps: 5000 on
+    targets other than cifar10, cifar100 and tiny_imagenet"""
+    scores: ScoresFlags = field(default_factory=ScoresFlags)
+    """training on class scores: FRePo's"""
+    soft: SoftFlags = field(default_factory=SoftFlags)
+    """training on a teacher's labels of augmented views: SRe2L's and SC-DD's"""
+    labels: LabelRecipe = field(default_factory=LabelRecipe)
+    """training on hard labels: KRR-ST's for other methods' sets"""
+    kd: KdRecipe = field(default_factory=KdRecipe)
+    """distillation of knowledge: KRR-ST's Table 4"""
+    kd_teacher: str = "train"
+    """a file with a classifier of the target, or train one (a supervised ResNet, cached)"""
+    kd_teacher_arch: Literal["resnet10", "resnet18", "resnet50"] = "resnet18"
+    """the ResNet that is trained"""
+    kd_teacher_width: int = 64
+    """channels of its first stage"""
+    kd_teacher_epochs: int = 200
+    """of training it"""
+    kd_teacher_batch: int = 128
+    """of training it"""
+    kd_teacher_lr: float = 0.1
+    """of training it: SGD, a cosine to zero"""
+    knn_k: int = 20
+    """neighbours that vote"""
+    knn_temperature: float = 0.07
+    """their weights are exp(cosine / this)"""
+    high_loss_networks: int = 5
+    """networks whose loss ranks the images of row high_loss"""
+    high_loss_epochs: int = 1
+    """that they are trained for, on all real images"""
+    dm: DM = field(default_factory=DM)
+    """of row dm"""
+    dsa: DSA = field(default_factory=DSA)
+    """of row dsa"""
+
+
+LIMITS = {(1, 1e6): "runs widths kd_teacher_width kd_teacher_epochs knn_k high_loss_networks high_loss_epochs"}
+LIMITS |= {(2, 1e6): "kd_teacher_batch", (1e-3, 1e6): "knn_temperature", (0, 1e6): "cache_gb kd_teacher_lr"}
+
+
+# ------------------------------------------------------------------------------------------------------ sets and data
+
+
+def run_flags(path: Path) -> dict:
+    """The flags of the run that a set lies in, {} for a set by itself."""
+    try:
+        flags = json.loads((path.parent / "args.json").read_text())
+        return flags if "data" in flags and isinstance(flags["data"], str) else {}
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def source_of(distilled: Distilled | None, path: Path, args: Args) -> Data:
+    """What a set was distilled from: --source, else its run's --data with that run's split, else the set its file names.
+
+    Raises UserError where that cannot be had, or where it is not the data that the set was made from.
+    """
+    flags = {} if args.source else run_flags(path)
+    size = args.size if distilled is None else distilled.size
+    options = dict(data_dir=args.data_dir, size=size)
+    if distilled is not None:
+        options["channels"] = "grey" if distilled.channels == 1 else "rgb"
+        options["resize"] = distilled.resize if distilled.resize in ("squash", "crop") else "squash"
+    name = args.source or flags.get("data") or (distilled.data if distilled else None)
+    if name is None:
+        raise UserError(f"{path}: name what it was distilled from: --source NAME or FOLDER")
+    if name not in NAMED and not Path(name).is_dir():
+        raise UserError(f"{path}: distilled from {name}, which is not here; give --source FOLDER, or --neighbours none "
+                        "and targets by --data")  # fmt: skip
+    if flags:
+        options |= {new: flags[old] for new, old in dict(
+            test_fraction="test_fraction", seed="split_seed", skip_bad_images="skip_bad_images").items()}  # fmt: skip
+    data = load(name, **options)
+    if flags.get("holdout"):
+        data = hold_out(data, flags["holdout"], flags["split_seed"])[0]
+    made_from = distilled.meta.get("content") if distilled is not None else data.content
+    if made_from != data.content:
+        words = f"{path}: {name} is not the data it was distilled from (content {data.content[:8]}, not {made_from[:8]})"
+        if not args.source:
+            raise UserError(f"{words}; give --source")
+        print(f"{words}: --source was given, so it is taken")
+    return data
+
+
+def find_teacher(distilled: Distilled, path: Path, kind: str, source: Data, device: torch.device, args: Args) -> Teacher:
+    """The teacher of a set: --teacher, else the one its file names, if its weights are the same. Raises UserError."""
+    info = distilled.meta.get("label_teacher" if kind == "soft" else "teacher") or {}
+    spec, name = args.teacher, info.get("name", "")
+    if spec is None and name.startswith(("torchvision:", "timm:")):
+        spec = name
+    if spec is None and name:
+        for parent in (*[folder / "teachers" for folder in path.resolve().parents[1:4]], Path(args.out_dir) / "teachers"):
+            if (parent / name / "teacher.safetensors").is_file():
+                spec = str(parent / name)
+                break
+    if spec is None:
+        named = f"its teacher {name} is not in a teachers/ folder near it" if name else "it names no teacher"
+        raise UserError(f"{path}: {named}; give --teacher FILE, or leave out the rows that need one")
+    read = load_classifier if kind == "soft" else load_teacher
+    teacher = read(spec, source, device, args.stem_padding, flag="--teacher")
+    known, found = info.get("weights_sha256"), teacher.info.get("weights_sha256")
+    if known and found != known:
+        raise UserError(f"{path}: --teacher {spec} has other weights than the set's teacher {name}; give that one")
+    if kind == "features" and teacher.dim != distilled.y.shape[1]:
+        raise UserError(f"{path}: {distilled.y.shape[1]} target features, but {teacher.name} has {teacher.dim}; give "
+                        "another --teacher")  # fmt: skip
+    return teacher
+
+
+def entry_of(spec: str, args: Args, device: torch.device, folder: Path) -> Entry:
+    """A set as it is to be scored. Raises UserError for what cannot be read or lacks what --y asks for."""
+    path = Path(spec)
+    if path.is_dir() and (path / "distilled.safetensors").is_file():
+        path = path / "distilled.safetensors"
+    ours = path.suffix == ".safetensors"
+    source = None if ours else source_of(None, path, args)
+    distilled = load_any(path, source, form=args.form, space=args.space, experiment=args.experiment,
+                         data_dir=args.data_dir)
+    kind = kind_of(distilled) if args.y == "own" else args.y
+    if kind != kind_of(distilled) and "features" in (kind, kind_of(distilled)):
+        raise UserError(f"{path}: its y are {distilled.y_is}; --y {kind} does not go with that")
+    if kind != kind_of(distilled):  # the classes that the labels are highest for
+        one_hot = torch.nn.functional.one_hot(distilled.y.argmax(1), distilled.y.shape[1]).float()
+        distilled = replace(distilled, y=one_hot)
+    get_source = cache(lambda: source if source is not None else source_of(distilled, path, args))
+    meta, depth = run_flags(path) | distilled.meta, convnet_depth(distilled.size)
+    widths = args.widths or tuple(meta.get("widths") or WIDTHS[depth])
+    if len(widths) != depth:
+        raise UserError(f"--widths {' '.join(map(str, widths))}: {distilled.size} px images take {depth} blocks")
+    flips = flips_of(distilled)
+    flags = dict(transfer=args.transfer, scores=args.scores, soft=args.soft, labels=args.labels)
+    return Entry(
+        name=distilled.method,
+        path=path,
+        distilled=distilled,
+        kind=kind,
+        seed=distilled.seed if args.seed is None else args.seed,
+        runs=args.runs or (3 if args.table else distilled.recipe.get("runs", 5)),
+        device=device,
+        widths=widths,
+        norm=args.norm or meta.get("norm") or "batch",
+        recipes=recipes_for(distilled, kind, flips, flags),
+        load_source=get_source,
+        load_teacher=lambda: find_teacher(distilled, path, kind, get_source(), device, args),
+        high_loss=dict(networks=args.high_loss_networks, epochs=args.high_loss_epochs),
+        matching={name: replace(s, strategy=without_flip(s.strategy, flips)) for name, s in (("dm", args.dm), ("dsa", args.dsa))},
+        cache_gb=args.cache_gb,
+        folder=folder / "sets",
+    )  # fmt: skip
+
+
+def flips_of(distilled: Distilled) -> bool:
+    """Whether images of the set's data may be mirrored, by its name, as common.data.load decides it."""
+    from common.sets import NO_FLIP
+
+    return distilled.data.lower() not in NO_FLIP
+
+
+def entries_of(args: Args, device: torch.device, folder: Path) -> list[Entry]:
+    """The sets, with names that differ."""
+    entries = [entry_of(spec, args, device, folder) for spec in args.artefacts]
+    names = [entry.name for entry in entries]
+    for number, entry in enumerate(entries):
+        if names.count(entry.name) > 1:
+            other = entry.path.resolve().parent.name
+            entry.name = f"{entry.name} {number + 1} ({other})"
+    return entries
+
+
+def rows_of(entries: list[Entry], args: Args) -> list[Row]:
+    """Neighbours first, each once however many sets it stands beside, then the sets."""
+    words = args.neighbours
+    if words is None:
+        words = tuple(w for w in TABLES[args.table][2] if w.partition(":")[0] in NEIGHBOURS) if args.table else ("none", "random")
+    words = tuple(dict.fromkeys(words))
+    if args.ranking:
+        words = tuple(dict.fromkeys((*words, "random", "all_real:labels")))
+    beside, sets = {}, []
+    for entry in entries:
+        for word in words:
+            if word == "random" and args.ranking and entry.kind == "features":
+                continue
+            row = neighbour(word, entry)
+            recipe = {} if row.kind in ("none", "teacher") else asdict(entry.recipes[row.kind])
+            facts = json.dumps([row.facts, recipe, entry.widths, entry.norm, row.out if row.kind == "none" else 0])
+            beside.setdefault(facts, row)
+        sets.append(own_row(entry))
+        if args.ranking and entry.kind in ("scores", "soft"):
+            sets.append(own_row(entry, "labels"))
+    names = [row.name for row in beside.values()]
+    for row in beside.values():
+        if names.count(row.name) > 1:
+            row.name = f"{row.name} ({row.entry.name})"
+    return [*beside.values(), *sets]
+
+
+class Targets:
+    """Target data by the size, channels and rule of a set, loaded once, with its network inputs and its classifier."""
+
+    def __init__(self, args: Args, device: torch.device):
+        self.args, self.device = args, device
+        self.loaded, self.seen, self.teachers = {}, {}, {}
+
+    def data(self, name: str, entry: Entry) -> Data:
+        """name: "" for the set's own source."""
+        if not name:
+            return self.checked(entry.source, name)
+        distilled = entry.distilled
+        rule = self.args.resize or (distilled.resize if distilled.resize in ("squash", "crop") else "squash")
+        key = (name, distilled.size, distilled.channels, rule)
+        if key not in self.loaded:
+            colour = "grey" if distilled.channels == 1 else "rgb"
+            data = load(name, data_dir=self.args.data_dir, size=distilled.size, resize=rule, channels=colour)
+            self.loaded[key] = self.checked(data, name)
+            print(f"target: {describe(data)}")
+        return self.loaded[key]
+
+    def checked(self, data: Data, name: str) -> Data:
+        if not data.labelled or data.num_classes < 2:
+            raise UserError(f"--data {name or data.name}: a target needs labels of at least two classes")
+        return data
+
+    def inputs(self, name: str, entry: Entry) -> tuple[Inputs, Inputs]:
+        """Of the target's training and test images, with the set's whitening; those of the last target are kept."""
+        data = self.data(name, entry)
+        key = (data.content, id(entry.distilled.zca))
+        if self.seen.get("key") != key:
+            self.seen = dict(key=key, inputs=(entry.inputs(data.x_train, data), entry.inputs(data.x_test, data)))
+        return self.seen["inputs"]
+
+    def classifier(self, name: str, entry: Entry) -> tuple[nn.Module, dict]:
+        """Normalised images -> logits of the target's classes, and what it is; trained unless --kd-teacher names one."""
+        data, args = self.data(name, entry), self.args
+        if data.content not in self.teachers:
+            if args.kd_teacher == "train":
+                stem = "pad" if data.size < 48 else "resized"
+                teacher = train_supervised(
+                    data, Path(args.out_dir) / "teachers", self.device, arch=args.kd_teacher_arch,
+                    width=args.kd_teacher_width, stem_padding=args.stem_padding, epochs=args.kd_teacher_epochs,
+                    batch=args.kd_teacher_batch, lr=args.kd_teacher_lr, crop=stem, flag="kd-teacher",
+                )  # fmt: skip
+            else:
+                teacher = load_classifier(args.kd_teacher, data, self.device, args.stem_padding, flag="--kd-teacher")
+            net = classifier(teacher, teacher.fc).to(self.device).eval()
+            facts = dict(name=teacher.name, weights=net_digest(net), accuracy=teacher.info.get("accuracy"))
+            self.teachers[data.content] = net, facts
+        return self.teachers[data.content]
+
+
+# ------------------------------------------------------------------------------------------------------------ cells
+
+
+@dataclass
+class Cell:
+    """One number of the table, or a few of one kind: a row's run-th network of a model, used on a target."""
+
+    row: Row
+    model: str
+    run: int
+    use: str  # of protocols.USES
+    target: str  # as --data names it, "" for the source
+    facts: dict  # all that its scores depend on
+
+    @property
+    def key(self) -> str:
+        return hashlib.sha256(json.dumps(self.facts, sort_keys=True, default=str).encode()).hexdigest()
+
+    @property
+    def file(self) -> str:
+        words = f"{self.row.name} {self.model} {self.use} {Path(self.target).name or 'source'} {self.run}"
+        return "".join(c if c.isalnum() or c in "-_" else "_" for c in words) + f"-{self.key[:12]}.json"
+
+
+def fits(use: str, row: Row, data: Data) -> bool:
+    """Whether a row can be used so. Raises UserError for a target that the set's labels are not of."""
+    if row.kind == "teacher":
+        return use in ("probe", "knn")
+    if use == "kd":
+        return row.plain is not None
+    if use != "scratch":
+        return True
+    if row.kind in ("none", "features"):
+        return False
+    names, classes = row.entry.distilled.class_names, row.entry.classes
+    if data.num_classes != classes or (names and data.class_names != names):
+        raise UserError(f"--protocol scratch: {row.name} has labels of other classes than {data.name}; take a target of "
+                        "the set's classes, or probe, finetune or knn")  # fmt: skip
+    return True
+
+
+def transfer_of(row: Row, data: Data, args: Args) -> Protocol:
+    """Probes and fine-tuning on a target: the set's own values on its source, else the published length."""
+    protocol = row.entry.recipes["features"]
+    own = row.entry.kind == "features" and data.content == row.entry.distilled.meta.get("content")
+    if args.transfer.finetune_steps is None and (not own or protocol.finetune_steps == 0):
+        protocol = replace(protocol, finetune_steps=10_000 if data.name in LONG else 5000)
+    return protocol
+
+
+def cells_of(rows: list[Row], args: Args, targets: Targets) -> list[Cell]:
+    """All cells of the table, networks together: row by row, model by model, network by network."""
+    cells = []
+    for row in rows:
+        entry = row.entry
+        uses = args.protocol or (("finetune",) if args.table else ("probe" if entry.kind == "features" else "scratch",))
+        models = [each for name in args.models for each in (own_models(entry) if name == "own" else (name,))]
+        for model in ["-"] if row.kind == "teacher" else dict.fromkeys(models):
+            for run in range(entry.runs):
+                for target in target_names(args):
+                    data = targets.data(target, entry)
+                    for use in dict.fromkeys(uses):
+                        if fits(use, row, data):
+                            facts = facts_of(row, model, run, use, target, data, targets, args)
+                            cells.append(Cell(row, model, run, use, target, facts))
+    return cells
+
+
+def target_names(args: Args) -> tuple[str, ...]:
+    """As --data, --targets and --table name them; "" is the source of each set."""
+    named = args.data or (TABLES[args.table][1] if args.table else ())
+    return tuple(dict.fromkeys((*named, *(FULL if args.targets else ())))) or ("",)
+
+
+def facts_of(row: Row, model: str, run: int, use: str, target: str, data: Data, targets: Targets, args: Args) -> dict:
+    """All that a cell's scores depend on, but for the code."""
+    entry, transfer = row.entry, transfer_of(row, data, args)
+    facts = dict(row=row.facts, model=model, run=run, seed=entry.seed, n=entry.n, use=use, test=target_content(data))
+    facts |= dict(widths=entry.widths, norm=entry.norm, eval_width=entry.distilled.meta.get("eval_width"), out=row.out if row.kind != "teacher" else 0)
+    if row.kind in KINDS:
+        facts["recipe"] = asdict(entry.recipes[row.kind]) | {"runs": None}
+    if row.kind == "soft":
+        facts["teacher"] = entry.teacher.info.get("weights_sha256")
+    if use in ("probe", "finetune"):
+        facts["transfer"] = asdict(transfer) | {"runs": None}
+    if use == "knn":
+        facts["knn"] = [args.knn_k, args.knn_temperature]
+    if use == "kd":
+        facts["kd"] = [asdict(args.kd), targets.classifier(target, entry)[1]["weights"]]
+    return facts
+
+
+def target_content(data: Data) -> list:
+    """A target as what networks see of it."""
+    return [data.content, data.mean.tolist(), data.std.tolist(), data.flip]
+
+
+def score(cell: Cell, net: nn.Module | None, targets: Targets, args: Args) -> dict[str, float | list[float]]:
+    """A cell's scores. net: the row's network, which is left as it is; None for the teacher itself."""
+    row, entry, device = cell.row, cell.row.entry, cell.row.entry.device
+    data, (train, test) = targets.data(cell.target, entry), targets.inputs(cell.target, entry)
+    protocol, key = transfer_of(row, data, args), (entry.seed, cell.run)
+    if row.kind == "teacher":
+        parts = ((data.x_train, "train"), (data.x_test, "test"))
+        f_train, f_test = (entry.teacher.cached_targets(x, data.content, part, device).to(device) for x, part in parts)
+        if cell.use == "knn":
+            return {"knn": knn_of(f_train, f_test, data, args.knn_k, args.knn_temperature)}
+        return probes_of(lambda index: f_train[index.to(device)], f_test, data, protocol, *key)
+    if cell.use == "scratch":
+        if row.kind == "scores":
+            images, y = row.draw(cell.run)
+            at = images if isinstance(images, Inputs) else on_device(images.to(device))
+            recipe = entry.recipes["scores"]
+            return score_student(net, at, y.to(device), test, data.y_test, recipe, row.facts["row"] != "all_real")
+        return {"accuracy": test_accuracy(net.eval(), test, data.y_test)}
+    if cell.use == "probe":
+        scores = probe(net, data, train, test, protocol, args.cache_gb, *key)
+        if entry.kind == "features" and row.kind in ("features", "none") and data.content == entry.source_content:
+            wanted = entry.teacher.cached_targets(data.x_test, data.content, "test", device)
+            with torch.no_grad():
+                scores = {"match": matching_error(net.head(embed(net, test)).cpu(), wanted)} | scores
+        return scores
+    if cell.use == "knn":
+        return {"knn": neighbours_vote(net, data, train, test, args.knn_k, args.knn_temperature)}
+    net = copy.deepcopy(net)
+    if cell.use == "finetune":
+        return {"finetune": finetune(net, data, device, protocol, *key, prepare=entry.prepare())}
+    return {"kd": taught(cell, net, data, test, targets, args)}
+
+
+def taught(cell: Cell, net: nn.Module, data: Data, test: Inputs, targets: Targets, args: Args) -> float:
+    """Test accuracy of the row's network after a classifier of the target taught it on the row's images.
+
+    The row "gaussian" has new noise in every batch and no pretraining (KRR-ST's code).
+    """
+    row, entry, device, key = cell.row, cell.row.entry, cell.row.entry.device, (cell.row.entry.seed, cell.run)
+    teacher, _ = targets.classifier(cell.target, entry)
+    recipe, rate = args.kd, args.kd.lr
+    if row.facts["row"] == "gaussian":
+        with seeded("evaluation network", *key):
+            net = make_network(cell.model, entry, row.out).to(device)
+        shape, rate = entry.distilled.x.shape[1:], args.kd.lr_gaussian
+        images = lambda index, step: torch.randn(len(index), *shape, generator=rng("kd noise", *key, step)).to(device)  # noqa: E731
+    else:
+        x = row.plain(cell.run).to(device)
+        images = lambda index, step: x[index.to(device)]  # noqa: E731
+    recipe = replace(recipe, dsa=without_flip(recipe.dsa, data.flip))
+    distil_knowledge(
+        net, teacher, images, entry.n, data.num_classes, recipe, rate, entry.prepare(), device, *key
+    )  # fmt: skip
+    return test_accuracy(net.train(recipe.student_test_mode == "train"), test, data.y_test)
+
+
+def jobs_of(cells: list[Cell]) -> list[list[Cell]]:
+    """Cells that share a network, in the order of the table."""
+    jobs = {}
+    for cell in cells:
+        jobs.setdefault((id(cell.row), cell.model, cell.run), []).append(cell)
+    return list(jobs.values())
+
+
+def read_cell(folder: Path, cell: Cell) -> dict | None:
+    """What a finished cell's file holds, None where it is not finished, or was scored otherwise."""
+    try:
+        kept = json.loads((folder / "cells" / cell.file).read_text())
+        return kept if kept["key"] == cell.key else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def work(job: list[Cell], folder: Path, targets: Targets, args: Args, after: Callable[[Cell], None]) -> None:
+    """Train the job's network and score its unfinished cells.
+
+    A network of several cells is kept in a file until all are finished, so that a stop costs one cell.
+    """
+    left = [cell for cell in job if read_cell(folder, cell) is None]
+    if not left:
+        return
+    first, net, began = left[0], None, time.monotonic()
+    row = first.row
+    path = folder / "networks" / f"{network_key(first)}.safetensors"
+    if row.kind != "teacher":
+        net = load_network(path, first) if path.exists() else None
+        if net is None:
+            net = trained(row, first.model, first.run)
+            if len(left) > 1:
+                weights = {name: value.detach().cpu().contiguous() for name, value in net.state_dict().items()}
+                write_atomic(path, lambda tmp: save_file(weights, tmp))
+    training = time.monotonic() - began
+    for cell in left:
+        began = time.monotonic()
+        scores = score(cell, net, targets, args)
+        kernels.raise_if_failed(0)
+        kept = dict(key=cell.key, facts=cell.facts, scores=scores, seconds=time.monotonic() - began + training)
+        write_json(folder / "cells" / cell.file, kept)
+        training = 0.0
+        after(cell)
+    path.unlink(missing_ok=True)
+
+
+def network_key(cell: Cell) -> str:
+    """Of all that a trained network depends on: a cell's facts without what it is used for."""
+    used_for = ("use", "test", "transfer", "knn", "kd")
+    facts = {name: value for name, value in cell.facts.items() if name not in used_for}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def load_network(path: Path, cell: Cell) -> nn.Module | None:
+    """The network in a file of `work`; None if it cannot be read."""
+    net = make_network(cell.model, cell.row.entry, cell.row.out)
+    try:
+        net.load_state_dict(load_file(path))
+        return net.to(cell.row.entry.device)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        print(f"{path} cannot be read ({first_line(error)}): its network is trained again")
+        return None
+
+
+# ------------------------------------------------------------------------------------------------------- the results
+
+Results = dict[tuple[str, str, str, str], dict[str, dict]]  # (use, target, model, row) -> {metric: mean, std, values}
+
+
+def gathered(cells: list[Cell], folder: Path, targets: Targets) -> tuple[Results, dict]:
+    """The scores of all cells over networks, and the seconds they took. Raises UserError if one is missing."""
+    scores, seconds = {}, 0.0
+    for cell in cells:
+        kept = read_cell(folder, cell)
+        if kept is None:
+            raise UserError(f"{folder}: cell {cell.file} is missing; go on with --resume {folder}")
+        place = (cell.use, targets.data(cell.target, cell.row.entry).name, cell.model, cell.row.name)
+        scores.setdefault(place, []).append(kept["scores"])
+        seconds += kept["seconds"]
+    return {place: summarise(of) for place, of in scores.items()}, seconds
+
+
+def entry_in_words(metric: str, of: dict) -> str:
+    """Mean ± std: per cent for accuracies, a fraction for the matching error."""
+    scale, digits = (1, 3) if metric == "match" else (100, 1)
+    return f"{scale * of['mean']:.{digits}f} ± {scale * of['std']:.{digits}f}"
+
+
+def grid_of(rows: list[str], columns: list[str], values: dict[tuple[str, str], str]) -> str:
+    """Text with a line for each row, "-" where there is nothing."""
+    width = max(len(row) for row in rows) + 2
+    wide = [max(len(column), *(len(values.get((row, column), "-")) for row in rows)) + 2 for column in columns]
+    lines = [" " * width + "".join(f"{column:>{w}}" for column, w in zip(columns, wide, strict=True))]
+    for row in rows:
+        cells = [f"{values.get((row, column), '-'):>{w}}" for column, w in zip(columns, wide, strict=True)]
+        lines.append(f"{row:{width}}" + "".join(cells))
+    return "\n".join(lines)
+
+
+def tables(results: Results, rows: list[str]) -> str:
+    """A table for each protocol and model; its columns are targets and measures."""
+    blocks = []
+    models = list(dict.fromkeys(model for _, _, model, _ in results if model != "-")) or ["-"]
+    for use in dict.fromkeys(use for use, *_ in results):
+        for model in models:
+            shown = {place: of for place, of in results.items() if place[0] == use and place[2] in (model, "-")}
+            if all(place[2] == "-" for place in shown) and model != "-":
+                continue
+            several = len({target for _, target, _, _ in shown}) > 1
+            values, columns = {}, {}
+            for (_, target, _, row), of in shown.items():
+                for metric in of:
+                    column = f"{target} {metric}" if several and len(of) > 1 else target if several else metric
+                    columns[column] = None
+                    values[row, column] = entry_in_words(metric, of[metric])
+            present = [row for row in dict.fromkeys(rows) if any(place[3] == row for place in shown)]
+            blocks.append(f"{use}, {model}\n" + grid_of(present, list(columns), values))
+    return "\n\n".join(blocks)
+
+
+def krr_st_table(number: int, results: Results, rows: list[str]) -> str:
+    """Rows and columns as KRR-ST's table has them; "-" where no set was given for a row, or no target."""
+    own = [row for row in rows if row.partition(":")[0] not in NEIGHBOURS]
+    listed = [*dict.fromkeys([*TABLES[number][2], *(row for row in rows if row not in own), *own])]
+    columns = list(dict.fromkeys(target for _, target, _, _ in results))
+    order = [name for name in TABLES[number][1] if name in columns]
+    columns = order + [name for name in columns if name not in order]
+    values = {(row, target): entry_in_words("finetune", of["finetune"])
+              for (use, target, _, row), of in results.items() if use == "finetune"}  # fmt: skip
+    words = {"none": "w/o pre", "random:labels": "random", "kmeans:labels": "kmeans"}
+    return grid_of([words.get(row, row) for row in listed], columns,
+                   {(words.get(row, row), target): value for (row, target), value in values.items()})  # fmt: skip
+
+
+def ranking_of(results: Results, rows: list[Row]) -> dict[str, dict]:
+    """For each set with labels and model: hard-label recovery and improvement over random, in accuracy.
+
+    recovery: of networks trained on all real data minus of those trained on the set, both with hard labels, as many
+    updates and the same schedule (lower is better); improvement: of networks trained on the set with its own labels
+    minus of those trained on as many random real images by the same recipe (DD-Ranking, arXiv:2505.13300). Mean over
+    networks that started alike, with the standard error of the difference.
+    """
+    found = {}
+    for row in rows:
+        if row.facts["row"] != "set" or row.kind != row.entry.kind or row.kind == "features":
+            continue
+        for use, target, model, name in results:
+            if use != "scratch" or name != row.name:
+                continue
+
+            def of(which: str, target=target, model=model) -> dict:
+                return results["scratch", target, model, which]
+
+            def beside(word: str, row=row) -> str:
+                return next(r.name for r in rows if r.name.startswith(word) and r.entry.n == row.entry.n)
+
+            hard = row.name if row.kind == "labels" else f"{row.name}:labels"
+            pair = {"set": of(row.name), "hard": of(hard), "all": of(beside("all_real:labels")), "random": of(beside("random"))}
+            found[f"{row.name} {model}"] = dict(
+                hard_label_recovery=paired(pair, "all", "hard", "accuracy"),
+                improvement_over_random=paired(pair, "set", "random", "accuracy"),
+            )
+    return found
+
+
+def against_random(results: Results) -> list[dict]:
+    """Each set's and neighbour's scores minus those of the random row, network by network."""
+    found = []
+    for (use, target, model, row), of in results.items():
+        other = results.get((use, target, model, "random"))
+        if other and row != "random":
+            for metric in [m for m in of if m in other and len(of[m]["values"]) == len(other[m]["values"])]:
+                pair = paired({"row": of, "random": other}, "row", "random", metric)
+                found.append(dict(protocol=use, target=target, model=model, row=row, metric=metric) | pair)
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------- the run
+
+
+class Processes:
+    """The processes that torchrun started, or this one alone."""
+
+    def __init__(self):
+        self.rank, self.count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        if self.count > 1:
+            torch.distributed.init_process_group("gloo", timeout=timedelta(days=30))
+
+    def device(self, name: str) -> torch.device:
+        """--device, or this process's own GPU where there are several processes and GPUs."""
+        if self.count > 1 and name in ("auto", "cuda") and torch.cuda.is_available():
+            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+        return pick_device(name)
+
+    def from_first(self, value: str | None) -> str:
+        """The first process's value, in all of them."""
+        values = [value]
+        if self.count > 1:
+            torch.distributed.broadcast_object_list(values)
+        return values[0]
+
+    def wait(self) -> None:
+        if self.count > 1:
+            torch.distributed.barrier()
+
+    def close(self) -> None:
+        if self.count > 1:
+            torch.distributed.destroy_process_group()
+
+
+def checked(args: Args) -> Args:
+    """Raises UserError for flags that do not go together."""
+    check_limits(args, LIMITS)
+    if not args.artefacts:
+        raise UserError("name a set to score: python -m common.evaluate runs/.../distilled.safetensors")
+    modes = dict(student_test_mode=args.kd.student_test_mode, teacher_mode=args.kd.teacher_mode)
+    for name, value in modes.items():
+        if value not in ("eval", "train"):
+            raise UserError(f"--kd.{name.replace('_', '-')} {value}: give eval or train")
+    for group, names in (("labels", "epochs batch"), ("kd", "epochs batch temperature")):
+        for name in names.split():
+            if not getattr(getattr(args, group), name) > 0:
+                raise UserError(f"--{group}.{name} {getattr(getattr(args, group), name)}: must be above 0")
+    if args.ranking and args.protocol and "scratch" not in args.protocol:
+        raise UserError("--ranking compares accuracies of protocol scratch; add it to --protocol")
+    return args
+
+
+def begin(args: Args, processes: Processes) -> Path:
+    """The folder of this evaluation, made or gone on with."""
+    if processes.rank == 0:
+        folder = Path(args.resume or "")
+        if not args.resume:
+            stem = Path(args.artefacts[0]).resolve()
+            name = stem.parent.name if stem.suffix == ".safetensors" else stem.name
+            folder = new_folder(Path(args.out_dir), f"{name.split('__')[0]}__evaluate__{args.seed or 0}")
+        for part in ("cells", "networks", "sets"):
+            (folder / part).mkdir(exist_ok=True)
+        for left in folder.rglob(".*.tmp"):  # of a write that was killed
+            left.unlink()
+        write_json(folder / "args.json", asdict(args))
+        Run.latest = folder
+    return Path(processes.from_first(str(folder) if processes.rank == 0 else None))
+
+
+def main(args: Args) -> dict:
+    """Score the sets, print the tables, return what result.json holds. Raises UserError for bad input."""
+    if args.report:
+        page = write_report([Path(folder) for folder in args.report], None, Path(args.data_dir))
+        print(f"report: {page}")
+        return dict(report=str(page))
+    args, began, processes = checked(args), time.monotonic(), Processes()
+    device = processes.device(args.device)
+    folder = begin(args, processes)
+    first = processes.rank == 0
+    if first:
+        print(f"run: {folder} on {device_words(device)}, torch {torch.__version__}")
+        print(kernels.describe("auto", device, "auto"))
+    if not first:  # data, teachers and sets are made by the first process, and read from its caches by the others
+        processes.wait()
+    entries, targets = entries_of(args, device, folder), Targets(args, device)
+    rows = rows_of(entries, args)
+    cells = cells_of(rows, args, targets)
+    for row in rows:
+        if first and row.facts["row"] in ("dm", "dsa"):
+            row.draw(0)
+    if first:
+        processes.wait()
+    done = sum(read_cell(folder, cell) is not None for cell in cells)
+    print(f"table: {len(rows)} rows, {len(cells)} cells" + (f", {done} finished before" if done else ""))
+    bar = tqdm(total=len(cells), initial=done, desc="cells", mininterval=1, dynamic_ncols=True, disable=not first)
+
+    def after(cell: Cell) -> None:
+        finished = sum(read_cell(folder, each) is not None for each in cells) if processes.count > 1 else bar.n + 1
+        bar.update(finished - bar.n)
+
+    for job in jobs_of(cells)[processes.rank :: processes.count]:
+        bar.set_postfix_str(f"{job[0].row.name} {job[0].model} {job[0].run}")
+        work(job, folder, targets, args, after)
+    processes.wait()
+    bar.close()
+    processes.close()
+    if not first:
+        return {}
+    return finish(args, folder, device, rows, cells, targets, time.monotonic() - began)
+
+
+def finish(args: Args, folder: Path, device, rows: list[Row], cells: list[Cell], targets: Targets, seconds) -> dict:
+    """Print and write the results of all cells."""
+    results, seconds_of_cells = gathered(cells, folder, targets)
+    names = [row.name for row in rows]
+    print()
+    print(krr_st_table(args.table, results, names) if args.table else tables(results, names))
+    entry = rows[-1].entry
+    runs = sorted({row.entry.runs for row in rows})
+    print(f"mean ± sample std over {' or '.join(map(str, runs))} networks, in per cent of all test images, last step; match: "
+          "squared error to the teacher's features over that of their mean")  # fmt: skip
+    ranking = ranking_of(results, rows) if args.ranking else None
+    for name, of in (ranking or {}).items():
+        print(f"{name}: " + ", ".join(
+            f"{what.replace('_', ' ')} {100 * v['mean']:.1f} ± {100 * v['se_networks']:.1f} (s.e.)" for what, v in of.items()))  # fmt: skip
+    result = dict(
+        method="evaluate",
+        data=entry.distilled.data,
+        kind=entry.kind,
+        cells=[
+            dict(row=row, target=target, protocol=use, model=model, metric=metric) | of
+            for (use, target, model, row), measures in results.items()
+            for metric, of in measures.items()
+        ],
+        minus_random=against_random(results),
+        ranking=ranking,
+        rows={row.name: facts_in_json(row) for row in rows},
+        seed=entry.seed,
+        seconds=round(seconds, 1),
+        seconds_of_cells=round(seconds_of_cells, 1),
+        peak_memory_bytes=peak_memory(device),
+        device=device_words(device),
+        commit=commit(),
+        versions=versions(),
+        args=asdict(args),
+    )
+    write_json(folder / "result.json", result)
+    print(f"run: {folder / 'result.json'} after {seconds:.0f} s")
+    return result
+
+
+def facts_in_json(row: Row) -> dict:
+    """What a reader of result.json wants to know of a row."""
+    recipe = asdict(row.entry.recipes[row.kind]) if row.kind in KINDS else None
+    transfer = asdict(row.entry.recipes["features"])
+    facts = dict(kind=row.kind, images=row.n, storage_bytes=row.storage_bytes, recipe=recipe, transfer=transfer)
+    if row.facts["row"] == "set":
+        meta = row.entry.distilled.meta
+        known = {name: meta[name] for name in ("teacher", "label_teacher", "commit", "content", "imported_from") if name in meta}
+        facts |= dict(file=row.entry.path.name, method=row.entry.distilled.method, step=row.entry.distilled.step) | known
+    return facts
+
+
+if __name__ == "__main__":
+    cli(main, Args)
