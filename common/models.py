@@ -1,12 +1,13 @@
 """The networks: the field's ConvNet, the ResNets of the teachers, FRePo's ConvNet and evaluation networks, KRR-ST's.
 
-Every one has `features(x) -> (N, d)` and `dim`, which is d.
+Networks of timm can be had too (timm_net). Every one has `features(x) -> (N, d)` and `dim`, which is d.
 
 Weights are channels-last and the maps take the layout of the weights, whatever the images have: on a CPU a ConvNet's
 step needs about 0.75 of the default layout's time in fp32 and 0.65 in bf16, a ResNet's 0.75 and 0.85. Results are the
 same up to rounding; (N, d) is in the order of (N, C, H, W) in either layout.
 """
 
+import difflib
 from collections.abc import Callable
 
 import torch
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from common.run import UserError
+from common.run import UserError, first_line
 
 
 def convnet_depth(size: int) -> int:
@@ -359,11 +360,14 @@ def resnet18_student(channels: int, size: int, out: int, widths: list[int], norm
 FREPO_STUDENTS = ("conv", "dcconv", "kipconv", "frepo_alexnet", "frepo_vgg11", "resnet18", "resnet18_bn")
 
 
-def frepo_student(name: str, channels: int, size: int, out: int, widths: tuple[int, ...]) -> nn.Module:
+def frepo_student(
+    name: str, channels: int, size: int, out: int, widths: tuple[int, ...], flag: str = "--eval-models"
+) -> nn.Module:
     """A fresh network of FREPO_STUDENTS, as FRePo's published evaluation builds them; it has dim, features, forward.
 
     widths: those of the training network; its depth is also that of conv, dcconv and kipconv, and its first entry
-    (published: 128) scales the channels of every network but conv. Drawn from torch's global generator.
+    (published: 128) scales the channels of every network but conv. flag: what named it, for errors.
+    Drawn from torch's global generator.
     Raises UserError for an unknown name, or if the pools leave nothing of images of this size.
     """
     width, depth = widths[0], len(widths)
@@ -385,7 +389,7 @@ def frepo_student(name: str, channels: int, size: int, out: int, widths: tuple[i
         "frepo_vgg11": [(width, 3, pool) for pool in (True, True, False, True, False, True, False, True)],
     }
     if name not in FREPO_STUDENTS:
-        raise UserError(f"--eval-models {name}: not one of {', '.join(FREPO_STUDENTS)}")
+        raise UserError(f"{flag} {name}: not one of {', '.join(FREPO_STUDENTS)}")
     if name not in plans:
         stages = [scaled(published) for published in (64, 128, 256, 512)]
         return resnet18_student(channels, size, out, stages, FlaxBatchNorm2d if name == "resnet18_bn" else nn.Identity)
@@ -393,7 +397,7 @@ def frepo_student(name: str, channels: int, size: int, out: int, widths: tuple[i
     smallest = max(1, 2**pools - 2 * grey_margin(channels))
     if size < smallest:
         lost = f"its {pools} pools leave nothing of {size} px images; leave it out, or take"
-        raise UserError(f"--eval-models {name}: {lost} images of at least {smallest} px")
+        raise UserError(f"{flag} {name}: {lost} images of at least {smallest} px")
     if name == "conv":
         return FRePoConvNet(channels, size, out, widths, norm="none")
     net = plain_student(channels, size, out, plans[name], bias=name != "dcconv")
@@ -437,6 +441,52 @@ def batchnorm_student(channels: int, size: int, out: int, plan: list[tuple[int, 
     return FlatNet(layers, c_in * side**2, out, init=None)
 
 
+class InvertedResidual(nn.Module):
+    """Conv 1x1 to expansion * c_in channels, 3x3 on each of them, 1x1 to c_out; BatchNorm each, ReLU but for the last.
+
+    With stride 1 the input is added, through a projection where the channels change: KRR-ST's code has that projection,
+    MobileNetV2 as published adds only inputs of the same shape and cuts ReLU at 6.
+    """
+
+    def __init__(self, c_in: int, c_out: int, expansion: int, stride: int):
+        super().__init__()
+        width = expansion * c_in
+        self.conv1 = nn.Conv2d(c_in, width, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, stride, 1, groups=width, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = nn.Conv2d(width, c_out, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(c_out)
+        self.stride, self.downsample = stride, shortcut(c_in, c_out, 1) if stride == 1 else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        out = F.relu(self.bn2(self.conv2(out)), inplace=True)
+        out = self.bn3(self.conv3(out))
+        if self.stride > 1:
+            return out
+        return out + (x if self.downsample is None else self.downsample(x))
+
+
+def mobilenet_student(channels: int, size: int, out: int, scaled: Callable[[int], int]) -> FlatNet:
+    """KRR-ST's MobileNetV2: stem 3x3 of stride 1, 17 inverted residuals, conv 1x1, global average pool.
+
+    scaled: the channels for a published number of them. Initialised as torch does. A stride that would leave 1 px, as
+    the last one does of 8 px images, is left out (see batchnorm_student); the 1x1 convolutions see 2 px or more too.
+    """
+    stages = [(1, 16, 1, 1), (2, 24, 2, 1), (2, 32, 3, 2), (2, 64, 4, 2), (2, 96, 3, 1), (2, 160, 3, 2), (2, 320, 1, 1)]
+    c_in, side = scaled(32), size
+    layers = [nn.Conv2d(channels, c_in, 3, padding=1, bias=False), nn.BatchNorm2d(c_in), nn.ReLU(inplace=True)]
+    for expansion, width, blocks, stride in stages:
+        for block in range(blocks):
+            step = stride if block == 0 and side > 2 else 1
+            layers.append(InvertedResidual(c_in, scaled(width), expansion, step))
+            c_in, side = scaled(width), -(-side // step)
+    dim = scaled(1280)
+    layers += [nn.Conv2d(c_in, dim, 1, bias=False), nn.BatchNorm2d(dim), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1)]
+    return FlatNet(layers, dim, out, init=None)
+
+
 class ViT(nn.Module):
     """A small vision transformer: pre-norm layers over patches, then BatchNorm, mean over the patches, linear head.
 
@@ -472,22 +522,89 @@ class ViT(nn.Module):
         return self.head(self.features(x))
 
 
-PAIR_NETS = ("convnet", "vgg11", "alexnet", "resnet10", "resnet18", "vit")
+class TimmNet(nn.Module):
+    """A network of timm without its classifier, then one linear head. net: (N, C, H, W) -> (N, dim)."""
+
+    def __init__(self, net: nn.Module, dim: int, out: int):
+        super().__init__()
+        self.net, self.dim = net, dim
+        self.head = nn.Linear(dim, out)
+
+    def features(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, dim)."""
+        if self.training and len(x) == 1:
+            # BatchNorm cannot be trained on one image whose map is 1 px, as many of these make of 32 px; two copies
+            # have the mean and the variance of one, so that nothing else changes but the running variance
+            return self.net(torch.cat([x, x]))[:1]
+        return self.net(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x))
+
+
+def timm_net(name: str, channels: int, size: int, out: int, flag: str = "--eval-models") -> TimmNet:
+    """A fresh network of timm for square images of `size` px, without pretrained weights; name: without "timm:".
+
+    It is told the size of the images if it asks for one, as transformers do, and does not see pixels that
+    fill none of its patches. Drawn from torch's global generator.
+    Raises UserError without timm, for a name unknown to it, and for a network that fails on two blank images.
+    """
+    asked = f"{flag} timm:{name}"
+    try:
+        import timm  # not a requirement
+    except ImportError as error:
+        why = "is not installed" if error.name == "timm" else f"cannot be imported ({first_line(error)})"
+        raise UserError(f"{asked}: timm {why}; pip install timm") from error
+    if not timm.is_model(name):  # also refuses names that timm would download or read from a folder
+        similar = difflib.get_close_matches(name, timm.list_models(), n=5)
+        found = f"similar: {', '.join(similar)}" if similar else "timm.list_models() in Python lists them"
+        raise UserError(f"{asked}: timm has no such network; {found}")
+    options = dict(pretrained=False, in_chans=channels, num_classes=0)
+    try:
+        try:
+            net = timm.create_model(name, img_size=size, **options)
+        except TypeError as error:
+            if "img_size" not in str(error):
+                raise
+            net = timm.create_model(name, **options)
+        net.to(memory_format=torch.channels_last)
+        with torch.no_grad():
+            blank = net.eval()(torch.zeros(2, channels, size, size))
+    except Exception as error:  # whatever a foreign network does with a size it was not made for
+        fit = f"does not work with {channels} x {size} x {size} images ({first_line(error)})"
+        raise UserError(f"{asked}: {fit}; take another network or another size") from error
+    if not isinstance(blank, Tensor) or blank.ndim != 2 or len(blank) != 2 or not blank.shape[1]:
+        shape = tuple(blank.shape) if isinstance(blank, Tensor) else type(blank).__name__
+        raise UserError(f"{asked}: gives {shape} for 2 images, not 2 rows of features; take another network")
+    return TimmNet(net.train(), blank.shape[1], out)
+
+
+PAIR_NETS = ("convnet", "vgg11", "alexnet", "mobilenet", "resnet10", "resnet18", "vit")
 
 
 def pair_net(
-    name: str, channels: int, size: int, out: int, widths: tuple[int, ...], norm: str = "batch"
-) -> ConvNet | FlatNet | ResNetStudent | ViT:
-    """A fresh network of PAIR_NETS to be trained on (image, feature) pairs; it has dim, head, features, forward.
+    name: str,
+    channels: int,
+    size: int,
+    out: int,
+    widths: tuple[int, ...],
+    norm: str = "batch",
+    flag: str = "--eval-models",
+) -> ConvNet | FlatNet | ResNetStudent | ViT | TimmNet:
+    """A fresh network to be trained on (image, feature) pairs; it has dim, head, features, forward.
 
-    Layers and initialisation are those of KRR-ST's published code, but for the ViT, which it does not have. widths:
-    those of the ConvNet; their first scales the channels of the others, which are as published where it is as published
-    at that size (128 at 32 px, 64 at 64 px, 32 at 224 px). norm: of the ConvNet alone; VGG-11, AlexNet and the ResNets
-    have BatchNorm. On small images VGG-11 has fewer pools (batchnorm_student; from 32 px on all five, AlexNet from 8 px
-    on all three). Drawn from torch's global generator. Raises UserError for an unknown name.
+    name: one of PAIR_NETS, or "timm:NAME" (timm_net, which takes neither widths nor norm). Layers and initialisation
+    are those of KRR-ST's published code, but for the ViT, which it does not have. widths: those of the ConvNet; their
+    first scales the channels of the others, which are as published where it is as published at that size (128 at 32 px,
+    64 at 64 px, 32 at 224 px). norm: of the ConvNet alone; VGG-11, AlexNet, MobileNet and the ResNets have BatchNorm.
+    On small images VGG-11 has fewer pools (batchnorm_student; from 32 px on all five, AlexNet from 8 px on all three)
+    and MobileNet fewer strides (from 9 px on all three). flag: what named the network, for errors. Drawn from
+    torch's global generator. Raises UserError for an unknown name and as timm_net does.
     """
+    if name.startswith("timm:"):
+        return timm_net(name.removeprefix("timm:"), channels, size, out, flag)
     if name not in PAIR_NETS:
-        raise UserError(f"--eval-models {name}: not one of {', '.join(PAIR_NETS)}")
+        raise UserError(f"{flag} {name}: not one of {', '.join(PAIR_NETS)}, and not timm:NAME")
     if name == "convnet":
         return ConvNet(channels, size, out, widths, norm)
     scale = widths[0] / {2: 128, 3: 128, 4: 64, 5: 32}[convnet_depth(size)]
@@ -497,6 +614,8 @@ def pair_net(
 
     if name == "vit":
         return ViT(channels, size, out, scaled(192, unit=24))  # 3 heads of a multiple of 8
+    if name == "mobilenet":
+        return mobilenet_student(channels, size, out, scaled)
     if name not in ("vgg11", "alexnet"):
         return ResNetStudent(name, channels, out, scaled(64))
     plans = {

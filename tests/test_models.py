@@ -10,10 +10,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from conftest import refuse
 from torch import nn
 
 import common.models
-from common.models import RESNETS, ConvNet, ResNet, apply_chunked, convnet_depth, features_chunked
+from common.models import RESNETS, ConvNet, ResNet, apply_chunked, convnet_depth, features_chunked, frepo_student
 
 F64 = torch.float64
 
@@ -425,3 +426,13 @@ def test_the_shortcut_is_a_strided_convolution():
     conv, norm = block.downsample
     expected = norm(F.conv2d(seen["x"], conv.weight, stride=2))
     torch.testing.assert_close(seen["output"], expected, rtol=1e-12, atol=1e-12)
+
+
+# --------------------------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(("name", "size"), [("lenet", 32), ("conv", 4)])
+def test_errors_of_students_name_the_flag_that_asked(name, size):
+    assert refuse(lambda: frepo_student(name, 3, size, 10, (2, 2, 2))).startswith(f"--eval-models {name}: ")
+    line = refuse(lambda: frepo_student(name, 3, size, 10, (2, 2, 2), flag="--models"))
+    assert line.startswith(f"--models {name}: ")
