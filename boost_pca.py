@@ -646,9 +646,6 @@ def main(args: Args) -> dict:
         raise UserError("--outer-views base: learns nothing of the views' targets; take --approx after, rank or none")
     if not args.eval_models:
         raise UserError(f"--eval-models: name at least one of {', '.join(PAIR_NETS)}")
-    for model in args.eval_models:
-        if model not in PAIR_NETS:
-            raise UserError(f"--eval-models {model}: not one of {', '.join(PAIR_NETS)}")
     print(f"data: {describe(data)}; preset {preset}")
     teacher = None if args.teacher == "train" else load_teacher(args.teacher, data, device, args.stem_padding)
     dim = teacher.dim if teacher else resnet_dim(args.teacher_arch, args.teacher_width)  # d, of the targets

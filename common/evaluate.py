@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, make_dataclass, replace
 from datetime import timedelta
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -37,7 +37,7 @@ from common.baselines import DM, DSA
 from common.data import Data, Inputs, describe, hold_out, load
 from common.exchange import load_any
 from common.models import convnet_depth
-from common.pairs import Protocol, finetune, matching_error, paired, summarise
+from common.pairs import Protocol, finetune, matching_error, summarise
 from common.pretrain import train_supervised
 from common.protocols import (
     KINDS,
@@ -55,6 +55,7 @@ from common.protocols import (
 )  # fmt: skip
 from common.relabel import SoftRecipe, net_digest
 from common.report import write_report
+from common.results import FULL, RANKED, TABLES, Results, against_random, krr_st_table, ranking_of, tables
 from common.rows import (
     NEIGHBOURS,
     WIDTHS,
@@ -86,21 +87,13 @@ from common.run import (
     write_atomic,
     write_json,
 )  # fmt: skip
-from common.sets import NAMED
+from common.sets import NAMED, NO_FLIP
 from common.students import Recipe, score_student
 from common.teacher import Teacher, classifier, load_classifier, load_teacher
 
-FULL = ("cifar100", "cifar10", "aircraft", "cars", "cub200", "dogs", "flowers")  # KRR-ST's seven, from CIFAR-100
-TABLES = {  # KRR-ST's Tables 1 to 3 by their columns, and the rows that stand above krr_st there
-    1: ("cifar100", FULL, ("none", "random:labels", "kmeans:labels", "dsa", "dm", "mtt", "kip", "frepo")),
-    2: ("tiny_imagenet", ("tiny_imagenet", *FULL[1:]),
-        ("none", "random:labels", "kmeans:labels", "dsa", "dm", "mtt", "frepo")),
-    3: ("imagenet", ("cifar10", "cifar100", *FULL[2:]), ("none", "random:labels", "frepo")),
-}  # fmt: skip
-
 
 def optional(kind: type, *leave: str) -> type:
-    """`kind` with None as every default, for flags that win over what a set's file says; its help gives the defaults."""
+    """`kind` with None as every default, for flags that win over what a set's file says; help gives the defaults."""
     flags = []
     for each in fields(kind):
         if each.name not in leave:
@@ -110,13 +103,15 @@ def optional(kind: type, *leave: str) -> type:
     return make_dataclass(f"{kind.__name__}Flags", flags, namespace=dict(__module__=__name__))
 
 
-TransferFlags, ScoresFlags, SoftFlags = optional(Protocol, "runs"), optional(Recipe, "runs"), optional(SoftRecipe, "runs")
+TransferFlags = optional(Protocol, "runs")
+ScoresFlags = optional(Recipe, "runs")
+SoftFlags = optional(SoftRecipe, "runs")
 
 
 @dataclass
 class Args:
     artefacts: tyro.conf.Positional[tuple[str, ...]] = ()
-    """sets to score: distilled.safetensors of a run, or another project's files (see python -m common.exchange --help)"""
+    """sets to score: distilled.safetensors of a run, its folder, or another project's files (see README)"""
     report: tuple[str, ...] = ()
     """run folders to write one HTML page about, into the first of them, instead of scoring anything"""
 
@@ -239,7 +234,7 @@ def run_flags(path: Path) -> dict:
 
 
 def source_of(distilled: Distilled | None, path: Path, args: Args) -> Data:
-    """What a set was distilled from: --source, else its run's --data with that run's split, else the set its file names.
+    """What a set was distilled from: --source, else its run's --data with that run's split, else what its file names.
 
     Raises UserError where that cannot be had, or where it is not the data that the set was made from.
     """
@@ -263,21 +258,25 @@ def source_of(distilled: Distilled | None, path: Path, args: Args) -> Data:
         data = hold_out(data, flags["holdout"], flags["split_seed"])[0]
     made_from = distilled.meta.get("content") if distilled is not None else data.content
     if made_from != data.content:
-        words = f"{path}: {name} is not the data it was distilled from (content {data.content[:8]}, not {made_from[:8]})"
+        contents = f"content {data.content[:8]}, not {str(made_from)[:8]}"
+        words = f"{path}: {name} is not the data it was distilled from ({contents})"
         if not args.source:
             raise UserError(f"{words}; give --source")
         print(f"{words}: --source was given, so it is taken")
     return data
 
 
-def find_teacher(distilled: Distilled, path: Path, kind: str, source: Data, device: torch.device, args: Args) -> Teacher:
+def find_teacher(
+    distilled: Distilled, path: Path, kind: str, source: Data, device: torch.device, args: Args
+) -> Teacher:
     """The teacher of a set: --teacher, else the one its file names, if its weights are the same. Raises UserError."""
     info = distilled.meta.get("label_teacher" if kind == "soft" else "teacher") or {}
     spec, name = args.teacher, info.get("name", "")
     if spec is None and name.startswith(("torchvision:", "timm:")):
         spec = name
     if spec is None and name:
-        for parent in (*[folder / "teachers" for folder in path.resolve().parents[1:4]], Path(args.out_dir) / "teachers"):
+        for parent in (*path.resolve().parents[1:4], Path(args.out_dir)):
+            parent = parent / "teachers"
             if (parent / name / "teacher.safetensors").is_file():
                 spec = str(parent / name)
                 break
@@ -302,8 +301,9 @@ def entry_of(spec: str, args: Args, device: torch.device, folder: Path) -> Entry
         path = path / "distilled.safetensors"
     ours = path.suffix == ".safetensors"
     source = None if ours else source_of(None, path, args)
-    distilled = load_any(path, source, form=args.form, space=args.space, experiment=args.experiment,
-                         data_dir=args.data_dir)
+    distilled = load_any(
+        path, source, form=args.form, space=args.space, experiment=args.experiment, data_dir=args.data_dir
+    )
     kind = kind_of(distilled) if args.y == "own" else args.y
     if kind != kind_of(distilled) and "features" in (kind, kind_of(distilled)):
         raise UserError(f"{path}: its y are {distilled.y_is}; --y {kind} does not go with that")
@@ -315,7 +315,9 @@ def entry_of(spec: str, args: Args, device: torch.device, folder: Path) -> Entry
     widths = args.widths or tuple(meta.get("widths") or WIDTHS[depth])
     if len(widths) != depth:
         raise UserError(f"--widths {' '.join(map(str, widths))}: {distilled.size} px images take {depth} blocks")
-    flips = flips_of(distilled)
+    flips = distilled.data.lower() not in NO_FLIP  # as common.data.load decides it
+    matching = {name: replace(s, strategy=without_flip(s.strategy, flips))
+                for name, s in dict(dm=args.dm, dsa=args.dsa).items()}  # fmt: skip
     flags = dict(transfer=args.transfer, scores=args.scores, soft=args.soft, labels=args.labels)
     return Entry(
         name=distilled.method,
@@ -331,17 +333,10 @@ def entry_of(spec: str, args: Args, device: torch.device, folder: Path) -> Entry
         load_source=get_source,
         load_teacher=lambda: find_teacher(distilled, path, kind, get_source(), device, args),
         high_loss=dict(networks=args.high_loss_networks, epochs=args.high_loss_epochs),
-        matching={name: replace(s, strategy=without_flip(s.strategy, flips)) for name, s in (("dm", args.dm), ("dsa", args.dsa))},
+        matching=matching,
         cache_gb=args.cache_gb,
         folder=folder / "sets",
     )  # fmt: skip
-
-
-def flips_of(distilled: Distilled) -> bool:
-    """Whether images of the set's data may be mirrored, by its name, as common.data.load decides it."""
-    from common.sets import NO_FLIP
-
-    return distilled.data.lower() not in NO_FLIP
 
 
 def entries_of(args: Args, device: torch.device, folder: Path) -> list[Entry]:
@@ -359,14 +354,15 @@ def rows_of(entries: list[Entry], args: Args) -> list[Row]:
     """Neighbours first, each once however many sets it stands beside, then the sets."""
     words = args.neighbours
     if words is None:
-        words = tuple(w for w in TABLES[args.table][2] if w.partition(":")[0] in NEIGHBOURS) if args.table else ("none", "random")
-    words = tuple(dict.fromkeys(words))
-    if args.ranking:
-        words = tuple(dict.fromkeys((*words, "random", "all_real:labels")))
+        listed = TABLES[args.table][2] if args.table else ("none", "random")
+        words = [
+            word for word in listed if word.partition(":")[0] in NEIGHBOURS
+        ]  # the others are sets of other methods
+    words = tuple(dict.fromkeys((*words, *(RANKED if args.ranking else ()))))
     beside, sets = {}, []
     for entry in entries:
         for word in words:
-            if word == "random" and args.ranking and entry.kind == "features":
+            if entry.kind == "features" and word in RANKED and word not in (args.neighbours or ("random",)):
                 continue
             row = neighbour(word, entry)
             recipe = {} if row.kind in ("none", "teacher") else asdict(entry.recipes[row.kind])
@@ -408,16 +404,20 @@ class Targets:
             raise UserError(f"--data {name or data.name}: a target needs labels of at least two classes")
         return data
 
-    def inputs(self, name: str, entry: Entry) -> tuple[Inputs, Inputs]:
-        """Of the target's training and test images, with the set's whitening; those of the last target are kept."""
+    def inputs(self, name: str, entry: Entry, part: str) -> Inputs:
+        """Network inputs of the target's training or test images, with the set's whitening.
+
+        Whitened images are kept as far as --cache-gb goes for all targets together.
+        """
         data = self.data(name, entry)
-        key = (data.content, id(entry.distilled.zca))
-        if self.seen.get("key") != key:
-            self.seen = dict(key=key, inputs=(entry.inputs(data.x_train, data), entry.inputs(data.x_test, data)))
-        return self.seen["inputs"]
+        key = (data.content, part, id(entry.distilled.zca))
+        if key not in self.seen:
+            room = self.args.cache_gb - sum(inputs.gigabytes for inputs in self.seen.values())
+            self.seen[key] = entry.inputs(data.x_train if part == "train" else data.x_test, data, room)
+        return self.seen[key]
 
     def classifier(self, name: str, entry: Entry) -> tuple[nn.Module, dict]:
-        """Normalised images -> logits of the target's classes, and what it is; trained unless --kd-teacher names one."""
+        """Normalised images -> logits of the target's classes, and what it is; trained if no --kd-teacher is named."""
         data, args = self.data(name, entry), self.args
         if data.content not in self.teachers:
             if args.kd_teacher == "train":
@@ -471,8 +471,8 @@ def fits(use: str, row: Row, data: Data) -> bool:
         return False
     names, classes = row.entry.distilled.class_names, row.entry.classes
     if data.num_classes != classes or (names and data.class_names != names):
-        raise UserError(f"--protocol scratch: {row.name} has labels of other classes than {data.name}; take a target of "
-                        "the set's classes, or probe, finetune or knn")  # fmt: skip
+        raise UserError(f"--protocol scratch: {row.name} has labels of other classes than {data.name}: take a target "
+                        "of its classes, or probe, finetune or knn")  # fmt: skip
     return True
 
 
@@ -513,7 +513,8 @@ def facts_of(row: Row, model: str, run: int, use: str, target: str, data: Data, 
     """All that a cell's scores depend on, but for the code."""
     entry, transfer = row.entry, transfer_of(row, data, args)
     facts = dict(row=row.facts, model=model, run=run, seed=entry.seed, n=entry.n, use=use, test=target_content(data))
-    facts |= dict(widths=entry.widths, norm=entry.norm, eval_width=entry.distilled.meta.get("eval_width"), out=row.out if row.kind != "teacher" else 0)
+    facts |= dict(widths=entry.widths, norm=entry.norm, eval_width=entry.distilled.meta.get("eval_width"))
+    facts |= dict(out=None if row.kind == "teacher" else row.out)
     if row.kind in KINDS:
         facts["recipe"] = asdict(entry.recipes[row.kind]) | {"runs": None}
     if row.kind == "soft":
@@ -535,7 +536,7 @@ def target_content(data: Data) -> list:
 def score(cell: Cell, net: nn.Module | None, targets: Targets, args: Args) -> dict[str, float | list[float]]:
     """A cell's scores. net: the row's network, which is left as it is; None for the teacher itself."""
     row, entry, device = cell.row, cell.row.entry, cell.row.entry.device
-    data, (train, test) = targets.data(cell.target, entry), targets.inputs(cell.target, entry)
+    data, inputs = targets.data(cell.target, entry), partial(targets.inputs, cell.target, entry)
     protocol, key = transfer_of(row, data, args), (entry.seed, cell.run)
     if row.kind == "teacher":
         parts = ((data.x_train, "train"), (data.x_test, "test"))
@@ -548,21 +549,22 @@ def score(cell: Cell, net: nn.Module | None, targets: Targets, args: Args) -> di
             images, y = row.draw(cell.run)
             at = images if isinstance(images, Inputs) else on_device(images.to(device))
             recipe = entry.recipes["scores"]
-            return score_student(net, at, y.to(device), test, data.y_test, recipe, row.facts["row"] != "all_real")
-        return {"accuracy": test_accuracy(net.eval(), test, data.y_test)}
+            krr = row.facts["row"] != "all_real"
+            return score_student(net, at, y.to(device), inputs("test"), data.y_test, recipe, krr)
+        return {"accuracy": test_accuracy(net.eval(), inputs("test"), data.y_test)}
     if cell.use == "probe":
-        scores = probe(net, data, train, test, protocol, args.cache_gb, *key)
+        scores = probe(net, data, inputs("train"), inputs("test"), protocol, args.cache_gb, *key)
         if entry.kind == "features" and row.kind in ("features", "none") and data.content == entry.source_content:
             wanted = entry.teacher.cached_targets(data.x_test, data.content, "test", device)
             with torch.no_grad():
-                scores = {"match": matching_error(net.head(embed(net, test)).cpu(), wanted)} | scores
+                scores = {"match": matching_error(net.head(embed(net, inputs("test"))).cpu(), wanted)} | scores
         return scores
     if cell.use == "knn":
-        return {"knn": neighbours_vote(net, data, train, test, args.knn_k, args.knn_temperature)}
+        return {"knn": neighbours_vote(net, data, inputs("train"), inputs("test"), args.knn_k, args.knn_temperature)}
     net = copy.deepcopy(net)
     if cell.use == "finetune":
         return {"finetune": finetune(net, data, device, protocol, *key, prepare=entry.prepare())}
-    return {"kd": taught(cell, net, data, test, targets, args)}
+    return {"kd": taught(cell, net, data, inputs("test"), targets, args)}
 
 
 def taught(cell: Cell, net: nn.Module, data: Data, test: Inputs, targets: Targets, args: Args) -> float:
@@ -653,11 +655,6 @@ def load_network(path: Path, cell: Cell) -> nn.Module | None:
         return None
 
 
-# ------------------------------------------------------------------------------------------------------- the results
-
-Results = dict[tuple[str, str, str, str], dict[str, dict]]  # (use, target, model, row) -> {metric: mean, std, values}
-
-
 def gathered(cells: list[Cell], folder: Path, targets: Targets) -> tuple[Results, dict]:
     """The scores of all cells over networks, and the seconds they took. Raises UserError if one is missing."""
     scores, seconds = {}, 0.0
@@ -669,101 +666,6 @@ def gathered(cells: list[Cell], folder: Path, targets: Targets) -> tuple[Results
         scores.setdefault(place, []).append(kept["scores"])
         seconds += kept["seconds"]
     return {place: summarise(of) for place, of in scores.items()}, seconds
-
-
-def entry_in_words(metric: str, of: dict) -> str:
-    """Mean ± std: per cent for accuracies, a fraction for the matching error."""
-    scale, digits = (1, 3) if metric == "match" else (100, 1)
-    return f"{scale * of['mean']:.{digits}f} ± {scale * of['std']:.{digits}f}"
-
-
-def grid_of(rows: list[str], columns: list[str], values: dict[tuple[str, str], str]) -> str:
-    """Text with a line for each row, "-" where there is nothing."""
-    width = max(len(row) for row in rows) + 2
-    wide = [max(len(column), *(len(values.get((row, column), "-")) for row in rows)) + 2 for column in columns]
-    lines = [" " * width + "".join(f"{column:>{w}}" for column, w in zip(columns, wide, strict=True))]
-    for row in rows:
-        cells = [f"{values.get((row, column), '-'):>{w}}" for column, w in zip(columns, wide, strict=True)]
-        lines.append(f"{row:{width}}" + "".join(cells))
-    return "\n".join(lines)
-
-
-def tables(results: Results, rows: list[str]) -> str:
-    """A table for each protocol and model; its columns are targets and measures."""
-    blocks = []
-    models = list(dict.fromkeys(model for _, _, model, _ in results if model != "-")) or ["-"]
-    for use in dict.fromkeys(use for use, *_ in results):
-        for model in models:
-            shown = {place: of for place, of in results.items() if place[0] == use and place[2] in (model, "-")}
-            if all(place[2] == "-" for place in shown) and model != "-":
-                continue
-            several = len({target for _, target, _, _ in shown}) > 1
-            values, columns = {}, {}
-            for (_, target, _, row), of in shown.items():
-                for metric in of:
-                    column = f"{target} {metric}" if several and len(of) > 1 else target if several else metric
-                    columns[column] = None
-                    values[row, column] = entry_in_words(metric, of[metric])
-            present = [row for row in dict.fromkeys(rows) if any(place[3] == row for place in shown)]
-            blocks.append(f"{use}, {model}\n" + grid_of(present, list(columns), values))
-    return "\n\n".join(blocks)
-
-
-def krr_st_table(number: int, results: Results, rows: list[str]) -> str:
-    """Rows and columns as KRR-ST's table has them; "-" where no set was given for a row, or no target."""
-    own = [row for row in rows if row.partition(":")[0] not in NEIGHBOURS]
-    listed = [*dict.fromkeys([*TABLES[number][2], *(row for row in rows if row not in own), *own])]
-    columns = list(dict.fromkeys(target for _, target, _, _ in results))
-    order = [name for name in TABLES[number][1] if name in columns]
-    columns = order + [name for name in columns if name not in order]
-    values = {(row, target): entry_in_words("finetune", of["finetune"])
-              for (use, target, _, row), of in results.items() if use == "finetune"}  # fmt: skip
-    words = {"none": "w/o pre", "random:labels": "random", "kmeans:labels": "kmeans"}
-    return grid_of([words.get(row, row) for row in listed], columns,
-                   {(words.get(row, row), target): value for (row, target), value in values.items()})  # fmt: skip
-
-
-def ranking_of(results: Results, rows: list[Row]) -> dict[str, dict]:
-    """For each set with labels and model: hard-label recovery and improvement over random, in accuracy.
-
-    recovery: of networks trained on all real data minus of those trained on the set, both with hard labels, as many
-    updates and the same schedule (lower is better); improvement: of networks trained on the set with its own labels
-    minus of those trained on as many random real images by the same recipe (DD-Ranking, arXiv:2505.13300). Mean over
-    networks that started alike, with the standard error of the difference.
-    """
-    found = {}
-    for row in rows:
-        if row.facts["row"] != "set" or row.kind != row.entry.kind or row.kind == "features":
-            continue
-        for use, target, model, name in results:
-            if use != "scratch" or name != row.name:
-                continue
-
-            def of(which: str, target=target, model=model) -> dict:
-                return results["scratch", target, model, which]
-
-            def beside(word: str, row=row) -> str:
-                return next(r.name for r in rows if r.name.startswith(word) and r.entry.n == row.entry.n)
-
-            hard = row.name if row.kind == "labels" else f"{row.name}:labels"
-            pair = {"set": of(row.name), "hard": of(hard), "all": of(beside("all_real:labels")), "random": of(beside("random"))}
-            found[f"{row.name} {model}"] = dict(
-                hard_label_recovery=paired(pair, "all", "hard", "accuracy"),
-                improvement_over_random=paired(pair, "set", "random", "accuracy"),
-            )
-    return found
-
-
-def against_random(results: Results) -> list[dict]:
-    """Each set's and neighbour's scores minus those of the random row, network by network."""
-    found = []
-    for (use, target, model, row), of in results.items():
-        other = results.get((use, target, model, "random"))
-        if other and row != "random":
-            for metric in [m for m in of if m in other and len(of[m]["values"]) == len(other[m]["values"])]:
-                pair = paired({"row": of, "random": other}, "row", "random", metric)
-                found.append(dict(protocol=use, target=target, model=model, row=row, metric=metric) | pair)
-    return found
 
 
 # ------------------------------------------------------------------------------------------------------------- the run
@@ -884,12 +786,18 @@ def finish(args: Args, folder: Path, device, rows: list[Row], cells: list[Cell],
     print(krr_st_table(args.table, results, names) if args.table else tables(results, names))
     entry = rows[-1].entry
     runs = sorted({row.entry.runs for row in rows})
-    print(f"mean ± sample std over {' or '.join(map(str, runs))} networks, in per cent of all test images, last step; match: "
-          "squared error to the teacher's features over that of their mean")  # fmt: skip
+    caption = (
+        f"mean ± sample std over {' or '.join(map(str, runs))} networks, in per cent of all test images, last step"
+    )
+    if any("match" in of for of in results.values()):
+        caption += "; match: squared error to the teacher's features over that of their mean"
+    print(caption)
     ranking = ranking_of(results, rows) if args.ranking else None
     for name, of in (ranking or {}).items():
-        print(f"{name}: " + ", ".join(
-            f"{what.replace('_', ' ')} {100 * v['mean']:.1f} ± {100 * v['se_networks']:.1f} (s.e.)" for what, v in of.items()))  # fmt: skip
+        measures = [
+            f"{what.replace('_', ' ')} {100 * v['mean']:.1f} ± {100 * v['se_networks']:.1f}" for what, v in of.items()
+        ]
+        print(f"{name}: {', '.join(measures)} (standard errors)")
     result = dict(
         method="evaluate",
         data=entry.distilled.data,
@@ -923,8 +831,9 @@ def facts_in_json(row: Row) -> dict:
     facts = dict(kind=row.kind, images=row.n, storage_bytes=row.storage_bytes, recipe=recipe, transfer=transfer)
     if row.facts["row"] == "set":
         meta = row.entry.distilled.meta
-        known = {name: meta[name] for name in ("teacher", "label_teacher", "commit", "content", "imported_from") if name in meta}
-        facts |= dict(file=row.entry.path.name, method=row.entry.distilled.method, step=row.entry.distilled.step) | known
+        known = ("teacher", "label_teacher", "commit", "content", "imported_from", "form", "space")
+        facts |= dict(file=row.entry.path.name, method=row.entry.distilled.method, step=row.entry.distilled.step)
+        facts |= {name: meta[name] for name in known if name in meta}
     return facts
 
 

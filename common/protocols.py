@@ -75,7 +75,7 @@ def without_flip(strategy: str, flip: bool) -> str:
 
 
 def fit_labels(net: nn.Module, images: Callable[[Tensor], Tensor], y: Tensor, recipe: LabelRecipe, steps: int, *key):
-    """Train net on n images with hard labels, in place: SGD, cross-entropy, DSA, a tenth of the rate from the middle on.
+    """Train net on n images with hard labels, in place: SGD, cross-entropy, DSA, a tenth of the rate from half on.
 
     images: places (B,) -> network inputs (B, C, H, W) float32 on y's device; y: (n,) classes; key: of the order and the
     augmentation. Epochs keep their last short batch. The net stays in train mode. Raises UserError if the last loss is

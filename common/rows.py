@@ -14,7 +14,9 @@ same schedule. Names:
   teacher         the teacher's own features (probe and knn)
 """
 
+import hashlib
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
@@ -41,6 +43,7 @@ from common.students import STEPS, Recipe, fit_student, student_steps
 from common.teacher import Teacher, classifier
 
 NEIGHBOURS = ("none", "gaussian", *baselines.SUBSETS, *baselines.MATCHED, "all_real", "teacher")
+SPARE = 4 << 30  # bytes left free on a CUDA device where images are kept there
 FREPO_DSA = "flip_color_crop_rotate_translate_cutout"  # FRePo's own, where a set does not say
 WIDTHS = {2: (128, 256), 3: (128, 256, 512), 4: (64, 128, 256, 512), 5: (32, 64, 128, 256, 512)}
 
@@ -101,8 +104,8 @@ class Entry:
 
     @cached_property
     def train(self) -> Inputs:
-        """What networks see of the source's training images."""
-        return self.inputs(self.source.x_train, self.source)
+        """What networks see of the source's training images, whitened as they are drawn."""
+        return self.inputs(self.source.x_train, self.source, 0.0)
 
     @property
     def source_content(self) -> str | None:
@@ -111,16 +114,25 @@ class Entry:
 
     @property
     def n(self) -> int:
+        """Images that networks are trained on, decoded where they are stored as a code."""
         return len(self.distilled.x)
+
+    @property
+    def count(self) -> int:
+        """Images of a neighbour: as many, or for a code as its storage would hold, rounded up (boost_pca.py's rows)."""
+        storage, budget = self.distilled.meta.get("storage"), self.distilled.meta.get("budget", {})
+        if self.distilled.code is None or not storage:
+            return self.n
+        return math.ceil(storage["pairs" if budget.get("rule", "pairs") == "pairs" else "pixels"])
 
     @property
     def classes(self) -> int:
         """Of the set's labels; of a set of features: of its source, 0 without labels."""
         return self.source.num_classes if self.kind == "features" else self.distilled.y.shape[1]
 
-    def inputs(self, x: Tensor, data: Data) -> Inputs:
-        """Images of `data`, by its constants, with this set's whitening where it has one."""
-        return Inputs(x, data.mean, data.std, self.zca, self.device, self.cache_gb)
+    def inputs(self, x: Tensor, data: Data, gigabytes: float) -> Inputs:
+        """Images of `data`, by its constants, with this set's whitening where it has one; gigabytes: of those kept."""
+        return Inputs(x, data.mean, data.std, self.zca, self.device, gigabytes, SPARE)
 
     def prepare(self) -> Callable[[Tensor], Tensor]:
         """Of normalised images on the device: the whitening, where there is one."""
@@ -260,7 +272,7 @@ def neighbour(word: str, entry: Entry) -> Row:
     kind = kind or ("labels" if name in baselines.MATCHED else entry.kind)
     if kind not in entry.recipes:
         raise UserError(f"--neighbours {word}: give {name}:KIND with one of {', '.join(entry.recipes)}")
-    facts = dict(row=name, kind=kind, n=entry.n, seed=entry.seed, source=None, size=entry.distilled.size)
+    facts = dict(row=name, kind=kind, n=entry.count, seed=entry.seed, source=None, size=entry.distilled.size)
     if name == "none":
         return Row(word, entry, "none", None, None, facts, 0, 0)
     source = entry.source
@@ -273,7 +285,7 @@ def neighbour(word: str, entry: Entry) -> Row:
     if name == "teacher":
         return Row(word, entry, "teacher", None, None, facts, 0, 0)
     if name == "all_real":
-        images = source.x_train if kind == "soft" else entry.train
+        images = source.x_train if kind == "soft" else entry.inputs(source.x_train, source, entry.cache_gb)
         y = targets_of(entry, kind, torch.arange(len(source.x_train)))
         bytes_of = source.x_train[0].numel() * len(source.x_train) + y.nbytes
         return Row(word, entry, kind, lambda run: (images, y), None, facts, len(source.x_train), bytes_of)
@@ -291,15 +303,15 @@ def neighbour(word: str, entry: Entry) -> Row:
         draw = lambda run: of_real(entry, kind, chosen(run))  # noqa: E731
         plain = lambda run: normalise(source.x_train[chosen(run)], source.mean, source.std)  # noqa: E731
     width = entry.teacher.dim if kind == "features" else entry.classes if kind == "scores" else 2  # a label: 8 bytes
-    return Row(word, entry, kind, draw, plain, facts, entry.n, entry.n * (image + 4 * width))
+    return Row(word, entry, kind, draw, plain, facts, entry.count, entry.count * (image + 4 * width))
 
 
 def per_class_of(entry: Entry) -> int:
     """Images of each class in the set's number. Raises UserError if that is no whole number."""
-    if entry.n % entry.classes:
-        raise UserError(f"{entry.name}: {entry.n} images are not equally many of {entry.classes} classes, as DM and DSA "
-                        "make them; leave these out")  # fmt: skip
-    return entry.n // entry.classes
+    if entry.count % entry.classes:
+        raise UserError(f"{entry.name}: {entry.count} images are not equally many of {entry.classes} classes, as DM "
+                        "and DSA make them; leave these out")  # fmt: skip
+    return entry.count // entry.classes
 
 
 def targets_of(entry: Entry, kind: str, index: Tensor) -> Tensor:
@@ -328,8 +340,8 @@ def of_made(entry: Entry, kind: str, x: Tensor, y: Tensor) -> tuple[Tensor, Tens
 
 def noise(entry: Entry) -> Callable[[int], tuple[Tensor, Tensor]]:
     """Number of the network -> (normalised noise images, classes in turn)."""
-    shape, classes = tuple(entry.distilled.x.shape), max(1, entry.classes)
-    y = torch.arange(entry.n) * classes // entry.n  # class after class
+    shape, classes = (entry.count, *entry.distilled.x.shape[1:]), max(1, entry.classes)
+    y = torch.arange(entry.count) * classes // entry.count  # class after class
     return lambda run: (baselines.gaussian(shape, "gaussian", entry.seed, run), y)
 
 
@@ -338,7 +350,7 @@ def chooser(name: str, kind: str, entry: Entry) -> Callable[[int], Tensor]:
     data, balanced = entry.source, kind != "features"
     if name == "random":
         y = data.y_train if balanced else None
-        return lambda run: baselines.random_subset(y, len(data.x_train), entry.n, entry.seed, run)
+        return lambda run: baselines.random_subset(y, len(data.x_train), entry.count, entry.seed, run)
 
     @lru_cache(maxsize=1)
     def fixed() -> tuple[Tensor | None, Tensor | None]:
@@ -353,7 +365,7 @@ def chooser(name: str, kind: str, entry: Entry) -> Callable[[int], Tensor]:
         return features, losses
 
     def choose(run: int) -> Tensor:
-        return baselines.subset_of(name, data, entry.n, balanced, *fixed(), entry.seed, run)
+        return baselines.subset_of(name, data, entry.count, balanced, *fixed(), entry.seed, run)
 
     return choose
 
@@ -362,17 +374,13 @@ def made(name: str, entry: Entry) -> Callable[[int], tuple[Tensor, Tensor]]:
     """Number of the network -> (normalised images, classes) of one set by DM or DSA, made once and kept in a file."""
     data, settings, ipc = entry.source, entry.matching[name], per_class_of(entry)
     method = {"dm": baselines.dm, "dsa": baselines.dsa_matching}[name]
-    facts = dict(
-        settings=asdict(settings), ipc=ipc, seed=entry.seed, content=data.content, constants=data.mean.tolist()
-    )
+    facts = dict(settings=asdict(settings), ipc=ipc, seed=entry.seed, content=data.content, mean=data.mean.tolist())
 
     @lru_cache(maxsize=1)
     def get() -> tuple[Tensor, Tensor]:
         y = torch.arange(entry.classes).repeat_interleave(ipc)
         key = json.dumps(facts, sort_keys=True)
-        path = (
-            entry.folder / f"{name}-{ipc}-{data.content[:8]}-{digest(torch.tensor(list(key.encode())))[:8]}.safetensors"
-        )
+        path = entry.folder / f"{name}-{ipc}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.safetensors"
         try:
             return load_file(path)["x"], y
         except (OSError, SafetensorError, KeyError):  # none yet

@@ -1,0 +1,107 @@
+"""The evaluator's tables: scores of rows on targets, beside each other and against the random row."""
+
+from common.pairs import paired
+from common.rows import NEIGHBOURS, Row
+
+FULL = ("cifar100", "cifar10", "aircraft", "cars", "cub200", "dogs", "flowers")  # KRR-ST's seven, from CIFAR-100
+TABLES = {  # KRR-ST's Tables 1 to 3 by their columns, and the rows that stand above krr_st there
+    1: ("cifar100", FULL, ("none", "random:labels", "kmeans:labels", "dsa", "dm", "mtt", "kip", "frepo")),
+    2: ("tiny_imagenet", ("tiny_imagenet", *FULL[1:]),
+        ("none", "random:labels", "kmeans:labels", "dsa", "dm", "mtt", "frepo")),
+    3: ("imagenet", ("cifar10", "cifar100", *FULL[2:]), ("none", "random:labels", "frepo")),
+}  # fmt: skip
+
+RANKED = ("random", "all_real:labels")  # the rows that hard-label recovery and improvement over random need
+Results = dict[tuple[str, str, str, str], dict[str, dict]]  # (protocol, target, model, row) -> {metric: mean, std, ...}
+
+
+def entry_in_words(metric: str, of: dict) -> str:
+    """Mean ± std: per cent for accuracies, a fraction for the matching error."""
+    scale, digits = (1, 3) if metric == "match" else (100, 1)
+    return f"{scale * of['mean']:.{digits}f} ± {scale * of['std']:.{digits}f}"
+
+
+def grid_of(rows: list[str], columns: list[str], values: dict[tuple[str, str], str]) -> str:
+    """Text with a line for each row, "-" where there is nothing."""
+    width = max(len(row) for row in rows) + 2
+    wide = [max(len(column), *(len(values.get((row, column), "-")) for row in rows)) + 2 for column in columns]
+    lines = [" " * width + "".join(f"{column:>{w}}" for column, w in zip(columns, wide, strict=True))]
+    for row in rows:
+        cells = [f"{values.get((row, column), '-'):>{w}}" for column, w in zip(columns, wide, strict=True)]
+        lines.append(f"{row:{width}}" + "".join(cells))
+    return "\n".join(lines)
+
+
+def tables(results: Results, rows: list[str]) -> str:
+    """A table for each protocol and model; its columns are targets and measures."""
+    blocks = []
+    models = list(dict.fromkeys(model for _, _, model, _ in results if model != "-")) or ["-"]
+    for use in dict.fromkeys(use for use, *_ in results):
+        for model in models:
+            shown = {place: of for place, of in results.items() if place[0] == use and place[2] in (model, "-")}
+            if all(place[2] == "-" for place in shown) and model != "-":
+                continue
+            several = len({target for _, target, _, _ in shown}) > 1
+            values, columns = {}, {}
+            for (_, target, _, row), of in shown.items():
+                for metric in of:
+                    column = f"{target} {metric}" if several and len(of) > 1 else target if several else metric
+                    columns[column] = None
+                    values[row, column] = entry_in_words(metric, of[metric])
+            present = [row for row in dict.fromkeys(rows) if any(place[3] == row for place in shown)]
+            blocks.append(f"{use}, {model}\n" + grid_of(present, list(columns), values))
+    return "\n\n".join(blocks)
+
+
+def krr_st_table(number: int, results: Results, rows: list[str]) -> str:
+    """Rows and columns as KRR-ST's table has them; "-" where no set was given for a row, or no target."""
+    own = [row for row in rows if row.partition(":")[0] not in NEIGHBOURS]
+    listed = [*dict.fromkeys([*TABLES[number][2], *(row for row in rows if row not in own), *own])]
+    columns = list(dict.fromkeys(target for _, target, _, _ in results))
+    order = [name for name in TABLES[number][1] if name in columns]
+    columns = order + [name for name in columns if name not in order]
+    values = {(row, target): entry_in_words("finetune", of["finetune"])
+              for (use, target, _, row), of in results.items() if use == "finetune"}  # fmt: skip
+    words = {"none": "w/o pre", "random:labels": "random", "kmeans:labels": "kmeans"}
+    return grid_of([words.get(row, row) for row in listed], columns,
+                   {(words.get(row, row), target): value for (row, target), value in values.items()})  # fmt: skip
+
+
+def ranking_of(results: Results, rows: list[Row]) -> dict[str, dict]:
+    """For each set with labels and model: hard-label recovery and improvement over random, in accuracy.
+
+    recovery: of networks trained on all real data minus of those trained on the set, both with hard labels, as many
+    updates and the same schedule (lower is better); improvement: of networks trained on the set with its own labels
+    minus of those trained on as many random real images by the same recipe (DD-Ranking, arXiv:2505.13300). Mean over
+    networks that started alike, with the standard error of the difference.
+    """
+    found = {}
+    for row in rows:
+        if row.facts["row"] != "set" or row.kind != row.entry.kind or row.kind == "features":
+            continue
+        for use, target, model, name in results:
+            if use != "scratch" or name != row.name:
+                continue
+
+            beside = [r for r in rows if r.name.partition(" (")[0] in RANKED and r.facts["n"] == row.entry.count]
+            own = {r.facts["row"]: r.name for r in beside if r.kind == row.kind or r.facts["row"] == "all_real"}
+            hard = row.name if row.kind == "labels" else f"{row.name}:labels"
+            names = {"set": row.name, "hard": hard, "all": own["all_real"], "random": own["random"]}
+            pair = {which: results["scratch", target, model, name] for which, name in names.items()}
+            found[f"{row.name} {model}"] = dict(
+                hard_label_recovery=paired(pair, "all", "hard", "accuracy"),
+                improvement_over_random=paired(pair, "set", "random", "accuracy"),
+            )
+    return found
+
+
+def against_random(results: Results) -> list[dict]:
+    """Each set's and neighbour's scores minus those of the random row, network by network."""
+    found = []
+    for (use, target, model, row), of in results.items():
+        other = results.get((use, target, model, "random"))
+        if other and row != "random":
+            for metric in [m for m in of if m in other and len(of[m]["values"]) == len(other[m]["values"])]:
+                pair = paired({"row": of, "random": other}, "row", "random", metric)
+                found.append(dict(protocol=use, target=target, model=model, row=row, metric=metric) | pair)
+    return found
