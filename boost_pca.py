@@ -22,6 +22,7 @@ from tqdm import tqdm
 import kernels
 from common.artefact import Distilled, load_distilled, save_distilled
 from common.augment import gather, resident
+from common.baselines import kmeans_medoids
 from common.bases import (
     LARGE,
     VIEWS,
@@ -39,7 +40,7 @@ from common.bases import (
 )  # fmt: skip
 from common.data import Data, denormalise, describe, hold_out, load, normalise
 from common.models import PAIR_NETS, ConvNet, convnet_depth, features_chunked, pair_net, resnet_dim
-from common.pairs import Protocol, evaluate_pairs, kmeans_medoids, paired, predict_seconds, table
+from common.pairs import Protocol, evaluate_pairs, paired, predict_seconds, table
 from common.recipes import fill_teacher, train_teacher
 from common.run import (
     Run,

@@ -299,6 +299,8 @@ def entry_of(spec: str, args: Args, device: torch.device, folder: Path) -> Entry
     path = Path(spec)
     if path.is_dir() and (path / "distilled.safetensors").is_file():
         path = path / "distilled.safetensors"
+    if not path.exists():
+        raise UserError(f"{path}: no such set; name a file, or a run's folder")
     ours = path.suffix == ".safetensors"
     source = None if ours else source_of(None, path, args)
     distilled = load_any(
@@ -485,14 +487,30 @@ def transfer_of(row: Row, data: Data, args: Args) -> Protocol:
     return protocol
 
 
+def check_networks(entries: list[Entry], args: Args) -> None:
+    """Raises UserError for a network that does not exist or cannot take the images, and for scratch without labels."""
+    for entry in entries:
+        if "scratch" in args.protocol and entry.kind == "features":
+            raise UserError(f"--protocol scratch: {entry.path} has features for targets, which train no classifier: "
+                            "take probe, finetune, knn or kd")  # fmt: skip
+        for model in models_of(entry, args):
+            with torch.device("meta"):
+                make_network(model, entry, 2)
+
+
+def models_of(entry: Entry, args: Args) -> list[str]:
+    """--models for a set, each once."""
+    named = [own_models(entry) if name == "own" else (name,) for name in args.models]
+    return list(dict.fromkeys(model for names in named for model in names))
+
+
 def cells_of(rows: list[Row], args: Args, targets: Targets) -> list[Cell]:
     """All cells of the table, networks together: row by row, model by model, network by network."""
     cells = []
     for row in rows:
         entry = row.entry
         uses = args.protocol or (("finetune",) if args.table else ("probe" if entry.kind == "features" else "scratch",))
-        models = [each for name in args.models for each in (own_models(entry) if name == "own" else (name,))]
-        for model in ["-"] if row.kind == "teacher" else dict.fromkeys(models):
+        for model in ["-"] if row.kind == "teacher" else models_of(entry, args):
             for run in range(entry.runs):
                 for target in target_names(args):
                     data = targets.data(target, entry)
@@ -752,6 +770,7 @@ def main(args: Args) -> dict:
     if not first:  # data, teachers and sets are made by the first process, and read from its caches by the others
         processes.wait()
     entries, targets = entries_of(args, device, folder), Targets(args, device)
+    check_networks(entries, args)
     rows = rows_of(entries, args)
     cells = cells_of(rows, args, targets)
     for row in rows:

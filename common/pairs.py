@@ -29,7 +29,7 @@ from common.augment import crop_flip
 from common.data import Data, normalise
 from common.models import ConvNet, apply_chunked
 from common.pretrain import cosine_lr
-from common.run import rng, seed_of, seeded, write_json
+from common.run import rng, seeded, write_json
 
 
 @dataclass
@@ -253,21 +253,6 @@ def evaluate_pairs(
             bar.update()
     bar.close()
     return {row: summarise(scored.rows[row][: protocol.runs]) for row in rows}
-
-
-def kmeans_medoids(features: Tensor, n: int, *key) -> Tensor:
-    """Indices (n,) of the images nearest to the centres of n clusters of features (N, d), each once."""
-    from sklearn.cluster import KMeans, MiniBatchKMeans
-
-    kind = KMeans if len(features) <= 200_000 else MiniBatchKMeans  # hours, else, on ImageNet
-    features = features.double() - features.double().mean(0)  # so that float32's rounding cannot choose
-    fitted = kind(n, n_init=1, random_state=seed_of("kmeans", *key) % 2**32).fit(features.float().numpy())
-    chosen = []
-    for centres in torch.from_numpy(fitted.cluster_centers_).double().split(64):
-        for row in torch.cdist(centres, features):  # (N,)
-            row[chosen] = torch.inf
-            chosen.append(int(row.argmin()))
-    return torch.tensor(chosen)
 
 
 class Scored:

@@ -20,6 +20,7 @@ from torchvision.transforms import functional as tv
 
 from common import bases
 from common.artefact import fit_pairs, load_distilled, pretrain, save_distilled
+from common.baselines import kmeans_medoids
 from common.bases import (
     VIEWS,
     Code,
@@ -39,7 +40,6 @@ from common.bases import (
     with_views,
 )
 from common.data import Zca, denormalise, normalise
-from common.pairs import kmeans_medoids
 from common.run import seed_of
 
 F64, CPU = torch.float64, torch.device("cpu")

@@ -27,9 +27,9 @@ import common.run
 import krr_st
 from boost_pca import Args, Pool, fit_budget, fit_networks, main, reduced_rank
 from common.artefact import load_distilled
+from common.baselines import kmeans_medoids
 from common.bases import VIEWS, Code, Pca, feature_pca, quantised, storage
 from common.data import load
-from common.pairs import kmeans_medoids
 from common.recipes import SETTINGS
 from common.run import rng
 from common.teacher import load_own
