@@ -36,7 +36,7 @@ from common.artefact import Distilled
 from common.baselines import DM, DSA
 from common.data import Data, Inputs, describe, hold_out, load
 from common.exchange import load_any
-from common.models import convnet_depth
+from common.models import PAIR_NETS, convnet_depth
 from common.pairs import Protocol, finetune, matching_error, summarise
 from common.pretrain import train_supervised
 from common.protocols import (
@@ -67,6 +67,7 @@ from common.rows import (
     on_device,
     own_models,
     own_row,
+    recipe_of,
     recipes_for,
     trained,
 )  # fmt: skip
@@ -341,9 +342,25 @@ def entry_of(spec: str, args: Args, device: torch.device, folder: Path) -> Entry
     )  # fmt: skip
 
 
+USED = [f.name for f in fields(Protocol) if f.name.startswith(("probe", "few", "finetune"))]  # after the training
+
+
 def entries_of(args: Args, device: torch.device, folder: Path) -> list[Entry]:
-    """The sets, with names that differ."""
+    """The sets, with names that differ, to be used alike: by what their files say if they agree, else as published."""
     entries = [entry_of(spec, args, device, folder) for spec in args.artefacts]
+    if len({entry.widths for entry in entries}) > 1 and any(name in PAIR_NETS for name in args.models):
+        found = ", ".join(f"{entry.path} {' '.join(map(str, entry.widths))}" for entry in entries)
+        raise UserError(f"--models: the sets' files name ConvNets of several widths ({found}); give --widths for all")
+    recorded = [{name: entry.distilled.recipe[name] for name in USED if name in entry.distilled.recipe}
+                for entry in entries if entry.kind == "features"]  # fmt: skip
+    agreed = recorded[0] if recorded and all(each == recorded[0] for each in recorded) else {}
+    if recorded and not agreed:
+        print("probes and fine-tuning: as published, the sets' files differ in them or do not say")
+    for entry in entries:
+        entry.uses = recipe_of(Protocol(), agreed, args.transfer)
+        if args.transfer.finetune_steps is None and not agreed.get("finetune_steps"):
+            entry.uses = replace(entry.uses, finetune_steps=None)
+        entry.uses_at = {each.source_content for each in entries if each.kind == "features"}
     names = [entry.name for entry in entries]
     for number, entry in enumerate(entries):
         if names.count(entry.name) > 1:
@@ -479,12 +496,11 @@ def fits(use: str, row: Row, data: Data) -> bool:
 
 
 def transfer_of(row: Row, data: Data, args: Args) -> Protocol:
-    """Probes and fine-tuning on a target: the set's own values on its source, else the published length."""
-    protocol = row.entry.recipes["features"]
-    own = row.entry.kind == "features" and data.content == row.entry.distilled.meta.get("content")
-    if args.transfer.finetune_steps is None and (not own or protocol.finetune_steps == 0):
-        protocol = replace(protocol, finetune_steps=10_000 if data.name in LONG else 5000)
-    return protocol
+    """Probes and fine-tuning on a target: a recorded length holds on the sets' source alone, else the published one."""
+    uses, own = row.entry.uses, data.content in row.entry.uses_at
+    if args.transfer.finetune_steps is None and (not own or uses.finetune_steps is None):
+        uses = replace(uses, finetune_steps=10_000 if data.name in LONG else 5000)
+    return uses
 
 
 def check_networks(entries: list[Entry], args: Args) -> None:
@@ -846,7 +862,7 @@ def finish(args: Args, folder: Path, device, rows: list[Row], cells: list[Cell],
 def facts_in_json(row: Row) -> dict:
     """What a reader of result.json wants to know of a row."""
     recipe = asdict(row.entry.recipes[row.kind]) if row.kind in KINDS else None
-    transfer = asdict(row.entry.recipes["features"])
+    transfer = asdict(row.entry.uses)
     facts = dict(kind=row.kind, images=row.n, storage_bytes=row.storage_bytes, recipe=recipe, transfer=transfer)
     if row.facts["row"] == "set":
         meta = row.entry.distilled.meta

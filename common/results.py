@@ -48,8 +48,9 @@ def tables(results: Results, rows: list[str]) -> str:
                     column = f"{target} {metric}" if several and len(of) > 1 else target if several else metric
                     columns[column] = None
                     values[row, column] = entry_in_words(metric, of[metric])
+            order = sorted(columns, key=lambda column: not column.endswith("match"))  # the first row may not have it
             present = [row for row in dict.fromkeys(rows) if any(place[3] == row for place in shown)]
-            blocks.append(f"{use}, {model}\n" + grid_of(present, list(columns), values))
+            blocks.append(f"{use}, {model}\n" + grid_of(present, order, values))
     return "\n\n".join(blocks)
 
 

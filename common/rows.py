@@ -19,7 +19,7 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 
@@ -71,6 +71,10 @@ class Entry:
     matching: dict[str, baselines.DM | baselines.DSA]
     cache_gb: float
     folder: Path  # where sets that are made here are kept
+    uses: Protocol = field(default_factory=Protocol)  # probes and fine-tuning, of all sets of a table alike
+    uses_at: set[str | None] = field(
+        default_factory=set
+    )  # contents of the data that a recorded fine-tuning length is for
 
     @cached_property
     def source(self) -> Data:
