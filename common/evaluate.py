@@ -16,6 +16,7 @@ import copy
 import hashlib
 import json
 import os
+import shlex
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, make_dataclass, replace
@@ -54,7 +55,7 @@ from common.protocols import (
     without_flip,
 )  # fmt: skip
 from common.relabel import SoftRecipe, net_digest
-from common.report import write_report
+from common.report import command, write_report
 from common.results import FULL, RANKED, TABLES, Results, against_random, krr_st_table, ranking_of, tables
 from common.rows import (
     NEIGHBOURS,
@@ -853,10 +854,25 @@ def finish(args: Args, folder: Path, device, rows: list[Row], cells: list[Cell],
         commit=commit(),
         versions=versions(),
         args=asdict(args),
+        command=command_of(args),
     )
     write_json(folder / "result.json", result)
     print(f"run: {folder / 'result.json'} after {seconds:.0f} s")
     return result
+
+
+def command_of(args: Args) -> str:
+    """The command line that makes these flags, without those at their default."""
+
+    def flat(args: Args) -> dict:
+        groups = {name: value for name, value in asdict(args).items() if isinstance(value, dict)}
+        named = {f"{group}.{name}": value for group, values in groups.items() for name, value in values.items()}
+        return {name: value for name, value in asdict(args).items() if name not in groups} | named
+
+    given, usual = flat(args), {name: ("", value) for name, value in flat(Args()).items()}
+    artefacts = " ".join(map(shlex.quote, given.pop("artefacts")))
+    ranking = " --ranking" if given.pop("ranking") else ""
+    return command(f"-m common.evaluate {artefacts}", given, usual) + ranking
 
 
 def facts_in_json(row: Row) -> dict:

@@ -462,7 +462,7 @@ def provenance(run: dict) -> str:
     facts["folder"] = run["folder"]
     rows = [(key, [value_words(value)]) for key, value in facts.items() if value not in (None, "")]
     program = "-m common.evaluate" if run["evaluator"] else f"{run['method']}.py"
-    again = command(program, args, own_defaults(run["folder"]))
+    again = result.get("command") or command(program, args, own_defaults(run["folder"]))
     flags = table(["flag", "value"], [(key, [value_words(value)]) for key, value in args.items()])
     changes = "+changes" in str(facts["commit"])
     return (
