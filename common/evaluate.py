@@ -287,7 +287,7 @@ def find_teacher(
         raise UserError(f"{path}: {named}; give --teacher FILE, or leave out the rows that need one")
     read = load_classifier if kind == "soft" else load_teacher
     teacher = read(spec, source, device, args.stem_padding, flag="--teacher")
-    known, found = info.get("weights_sha256"), teacher.info.get("weights_sha256")
+    known, found = ((of.get("weights_sha256") or of.get("sha256")) for of in (info, teacher.info))
     if known and found != known:
         raise UserError(f"{path}: --teacher {spec} has other weights than the set's teacher {name}; give that one")
     if kind == "features" and teacher.dim != distilled.y.shape[1]:
@@ -371,31 +371,31 @@ def entries_of(args: Args, device: torch.device, folder: Path) -> list[Entry]:
 
 
 def rows_of(entries: list[Entry], args: Args) -> list[Row]:
-    """Neighbours first, each once however many sets it stands beside, then the sets."""
+    """Neighbours first, each once however many sets it stands beside, then the sets with theirs in `beside`."""
     words = args.neighbours
     if words is None:
         listed = TABLES[args.table][2] if args.table else ("none", "random")
-        words = [
-            word for word in listed if word.partition(":")[0] in NEIGHBOURS
-        ]  # the others are sets of other methods
-    words = tuple(dict.fromkeys((*words, *(RANKED if args.ranking else ()))))
-    beside, sets = {}, []
+        made_here = [word for word in listed if word.partition(":")[0] in NEIGHBOURS]
+        words = [word for word in made_here if word not in [entry.distilled.method for entry in entries]]
+    neighbours, sets = {}, []
     for entry in entries:
-        for word in words:
-            if entry.kind == "features" and word in RANKED and word not in (args.neighbours or ("random",)):
-                continue
-            row = neighbour(word, entry)
-            recipe = {} if row.kind in ("none", "teacher") else asdict(entry.recipes[row.kind])
-            facts = json.dumps([row.facts, recipe, entry.widths, entry.norm, row.out if row.kind == "none" else 0])
-            beside.setdefault(facts, row)
-        sets.append(own_row(entry))
-        if args.ranking and entry.kind in ("scores", "soft"):
-            sets.append(own_row(entry, "labels"))
-    names = [row.name for row in beside.values()]
-    for row in beside.values():
-        if names.count(row.name) > 1:
-            row.name = f"{row.name} ({row.entry.name})"
-    return [*beside.values(), *sets]
+        ranked = args.ranking and entry.kind != "features"
+        row = own_row(entry)
+        for word in dict.fromkeys((*words, *(RANKED if ranked else ()))):
+            made = neighbour(word, entry)
+            recipe = {} if made.kind in ("none", "teacher") else asdict(entry.recipes[made.kind])
+            facts = [made.facts, recipe, entry.widths, entry.norm, entry.n, entry.runs, made.out]
+            row.beside[word] = neighbours.setdefault(json.dumps(facts), made)
+        sets.append(row)
+        if ranked and entry.kind in ("scores", "soft"):
+            row.beside["hard"] = own_row(entry, "labels")
+            sets.append(row.beside["hard"])
+    rows = [*neighbours.values(), *sets]
+    names = [row.name for row in rows]
+    for row in rows:
+        if names.count(row.name) > 1:  # beside different sets, or a set by the name of a neighbour
+            row.name = f"{row.name} (the set)" if row.facts["row"] == "set" else f"{row.name} ({row.entry.name})"
+    return rows
 
 
 class Targets:
@@ -403,7 +403,7 @@ class Targets:
 
     def __init__(self, args: Args, device: torch.device):
         self.args, self.device = args, device
-        self.loaded, self.seen, self.teachers = {}, {}, {}
+        self.loaded, self.seen, self.teachers, self.named = {}, {}, {}, {}
 
     def data(self, name: str, entry: Entry) -> Data:
         """name: "" for the set's own source."""
@@ -418,6 +418,12 @@ class Targets:
             self.loaded[key] = self.checked(data, name)
             print(f"target: {describe(data)}")
         return self.loaded[key]
+
+    def label(self, name: str, entry: Entry) -> str:
+        """A target's name in the tables; of several by one name, with the folder."""
+        data = self.data(name, entry)
+        first = self.named.setdefault(data.name, (data.content, data.size))
+        return data.name if first == (data.content, data.size) else f"{data.name} ({name or data.content[:8]})"
 
     def checked(self, data: Data, name: str) -> Data:
         if not data.labelled or data.num_classes < 2:
@@ -553,7 +559,7 @@ def facts_of(row: Row, model: str, run: int, use: str, target: str, data: Data, 
     if row.kind in KINDS:
         facts["recipe"] = asdict(entry.recipes[row.kind]) | {"runs": None}
     if row.kind == "soft":
-        facts["teacher"] = entry.teacher.info.get("weights_sha256")
+        facts["teacher"] = entry.teacher_facts
     if use in ("probe", "finetune"):
         facts["transfer"] = asdict(transfer) | {"runs": None}
     if use == "knn":
@@ -697,7 +703,7 @@ def gathered(cells: list[Cell], folder: Path, targets: Targets) -> tuple[Results
         kept = read_cell(folder, cell)
         if kept is None:
             raise UserError(f"{folder}: cell {cell.file} is missing; go on with --resume {folder}")
-        place = (cell.use, targets.data(cell.target, cell.row.entry).name, cell.model, cell.row.name)
+        place = (cell.use, targets.label(cell.target, cell.row.entry), cell.model, cell.row.name)
         scores.setdefault(place, []).append(kept["scores"])
         seconds += kept["seconds"]
     return {place: summarise(of) for place, of in scores.items()}, seconds
@@ -817,9 +823,8 @@ def main(args: Args) -> dict:
 def finish(args: Args, folder: Path, device, rows: list[Row], cells: list[Cell], targets: Targets, seconds) -> dict:
     """Print and write the results of all cells."""
     results, seconds_of_cells = gathered(cells, folder, targets)
-    names = [row.name for row in rows]
     print()
-    print(krr_st_table(args.table, results, names) if args.table else tables(results, names))
+    print(krr_st_table(args.table, results, rows) if args.table else tables(results, [row.name for row in rows]))
     entry = rows[-1].entry
     runs = sorted({row.entry.runs for row in rows})
     caption = (
@@ -843,7 +848,7 @@ def finish(args: Args, folder: Path, device, rows: list[Row], cells: list[Cell],
             for (use, target, model, row), measures in results.items()
             for metric, of in measures.items()
         ],
-        minus_random=against_random(results),
+        minus_random=against_random(results, rows),
         ranking=ranking,
         rows={row.name: facts_in_json(row) for row in rows},
         seed=entry.seed,

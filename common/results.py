@@ -1,7 +1,7 @@
 """The evaluator's tables: scores of rows on targets, beside each other and against the random row."""
 
 from common.pairs import paired
-from common.rows import NEIGHBOURS, Row
+from common.rows import Row
 
 FULL = ("cifar100", "cifar10", "aircraft", "cars", "cub200", "dogs", "flowers")  # KRR-ST's seven, from CIFAR-100
 TABLES = {  # KRR-ST's Tables 1 to 3 by their columns, and the rows that stand above krr_st there
@@ -42,10 +42,11 @@ def tables(results: Results, rows: list[str]) -> str:
             if all(place[2] == "-" for place in shown) and model != "-":
                 continue
             several = len({target for _, target, _, _ in shown}) > 1
+            alone = len({metric for of in shown.values() for metric in of}) == 1
             values, columns = {}, {}
             for (_, target, _, row), of in shown.items():
                 for metric in of:
-                    column = f"{target} {metric}" if several and len(of) > 1 else target if several else metric
+                    column = metric if not several else target if alone else f"{target} {metric}"
                     columns[column] = None
                     values[row, column] = entry_in_words(metric, of[metric])
             order = sorted(columns, key=lambda column: not column.endswith("match"))  # the first row may not have it
@@ -54,18 +55,17 @@ def tables(results: Results, rows: list[str]) -> str:
     return "\n\n".join(blocks)
 
 
-def krr_st_table(number: int, results: Results, rows: list[str]) -> str:
+def krr_st_table(number: int, results: Results, rows: list[Row]) -> str:
     """Rows and columns as KRR-ST's table has them; "-" where no set was given for a row, or no target."""
-    own = [row for row in rows if row.partition(":")[0] not in NEIGHBOURS]
-    listed = [*dict.fromkeys([*TABLES[number][2], *(row for row in rows if row not in own), *own])]
-    columns = list(dict.fromkeys(target for _, target, _, _ in results))
-    order = [name for name in TABLES[number][1] if name in columns]
-    columns = order + [name for name in columns if name not in order]
-    values = {(row, target): entry_in_words("finetune", of["finetune"])
+    sets = [row.name for row in rows if row.facts["row"] == "set"]
+    listed = list(dict.fromkeys([*TABLES[number][2], *(row.name for row in rows if row.name not in sets), *sets]))
+    found = list(dict.fromkeys(target for _, target, _, _ in results))
+    columns = sorted(found, key=lambda name: TABLES[number][1].index(name) if name in TABLES[number][1] else len(found))
+    words = {name: name for name in listed} | {"none": "w/o pre", "random:labels": "random", "kmeans:labels": "kmeans"}
+    words |= {name: f"{name}, own targets" for name in ("random", "kmeans")}
+    values = {(words[row], target): entry_in_words("finetune", of["finetune"])
               for (use, target, _, row), of in results.items() if use == "finetune"}  # fmt: skip
-    words = {"none": "w/o pre", "random:labels": "random", "kmeans:labels": "kmeans"}
-    return grid_of([words.get(row, row) for row in listed], columns,
-                   {(words.get(row, row), target): value for (row, target), value in values.items()})  # fmt: skip
+    return grid_of([words[name] for name in listed], columns, values)
 
 
 def ranking_of(results: Results, rows: list[Row]) -> dict[str, dict]:
@@ -78,31 +78,31 @@ def ranking_of(results: Results, rows: list[Row]) -> dict[str, dict]:
     """
     found = {}
     for row in rows:
-        if row.facts["row"] != "set" or row.kind != row.entry.kind or row.kind == "features":
+        if not row.beside or row.kind == "features":
             continue
+        names = {"set": row.name, "hard": row.beside.get("hard", row).name}
+        names |= {"all": row.beside["all_real:labels"].name, "random": row.beside["random"].name}
         for use, target, model, name in results:
-            if use != "scratch" or name != row.name:
-                continue
-
-            beside = [r for r in rows if r.name.partition(" (")[0] in RANKED and r.facts["n"] == row.entry.count]
-            own = {r.facts["row"]: r.name for r in beside if r.kind == row.kind or r.facts["row"] == "all_real"}
-            hard = row.name if row.kind == "labels" else f"{row.name}:labels"
-            names = {"set": row.name, "hard": hard, "all": own["all_real"], "random": own["random"]}
-            pair = {which: results["scratch", target, model, name] for which, name in names.items()}
-            found[f"{row.name} {model}"] = dict(
-                hard_label_recovery=paired(pair, "all", "hard", "accuracy"),
-                improvement_over_random=paired(pair, "set", "random", "accuracy"),
-            )
+            if use == "scratch" and name == row.name:
+                pair = {which: results["scratch", target, model, of] for which, of in names.items()}
+                found[f"{row.name} {model}"] = dict(
+                    hard_label_recovery=paired(pair, "all", "hard", "accuracy"),
+                    improvement_over_random=paired(pair, "set", "random", "accuracy"),
+                )
     return found
 
 
-def against_random(results: Results) -> list[dict]:
-    """Each set's and neighbour's scores minus those of the random row, network by network."""
+def against_random(results: Results, rows: list[Row]) -> list[dict]:
+    """The scores of each set, and of its other neighbours, minus those of its random row, network by network."""
+    random = {}
+    for row in rows:
+        for each in (row, *row.beside.values()):
+            if "random" in row.beside and each is not row.beside["random"]:
+                random.setdefault(each.name, row.beside["random"].name)
     found = []
     for (use, target, model, row), of in results.items():
-        other = results.get((use, target, model, "random"))
-        if other and row != "random":
-            for metric in [m for m in of if m in other and len(of[m]["values"]) == len(other[m]["values"])]:
-                pair = paired({"row": of, "random": other}, "row", "random", metric)
-                found.append(dict(protocol=use, target=target, model=model, row=row, metric=metric) | pair)
+        other = results.get((use, target, model, random.get(row)))
+        for metric in [metric for metric in of if other and metric in other]:
+            pair = paired({"row": of, "random": other}, "row", "random", metric)
+            found.append(dict(protocol=use, target=target, model=model, row=row, metric=metric) | pair)
     return found

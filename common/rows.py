@@ -37,7 +37,7 @@ from common.data import Data, Inputs, Zca, denormalise, normalise
 from common.models import ConvNet, ResNet, convnet_depth, frepo_student, pair_net
 from common.pairs import Protocol
 from common.protocols import LabelRecipe, fit_labels, without_flip
-from common.relabel import SoftRecipe, StoredLabels, digest, post_train, views_key
+from common.relabel import SoftRecipe, StoredLabels, digest, net_digest, post_train, views_key
 from common.run import UserError, seeded, write_atomic
 from common.students import STEPS, Recipe, fit_student, student_steps
 from common.teacher import Teacher, classifier
@@ -94,6 +94,13 @@ class Entry:
         return classifier(self.teacher, self.teacher.fc).to(self.device)
 
     @cached_property
+    def teacher_facts(self) -> list:
+        """All that its features and labels depend on."""
+        teacher = self.teacher
+        fc = None if teacher.fc is None else net_digest(teacher.fc)
+        return [teacher.name, net_digest(teacher.net), fc, teacher.mean.tolist(), teacher.std.tolist()]
+
+    @cached_property
     def zca(self) -> Zca | None:
         """The whitening, on the CPU; it cannot be undone, which nothing here asks for."""
         if self.distilled.zca is None:
@@ -127,7 +134,8 @@ class Entry:
         storage, budget = self.distilled.meta.get("storage"), self.distilled.meta.get("budget", {})
         if self.distilled.code is None or not storage:
             return self.n
-        return math.ceil(storage["pairs" if budget.get("rule", "pairs") == "pairs" else "pixels"])
+        worth = math.ceil(storage["pairs" if budget.get("rule", "pairs") == "pairs" else "pixels"])
+        return min(worth, len(self.source.x_train))
 
     @property
     def classes(self) -> int:
@@ -237,6 +245,7 @@ class Row:
     facts: dict  # all that the row depends on beside the model and the number of the network
     n: int
     storage_bytes: int
+    beside: dict[str, "Row"] = field(default_factory=dict)  # of a set: its neighbours by name
 
     @property
     def out(self) -> int:
@@ -276,16 +285,17 @@ def neighbour(word: str, entry: Entry) -> Row:
     kind = kind or ("labels" if name in baselines.MATCHED else entry.kind)
     if kind not in entry.recipes:
         raise UserError(f"--neighbours {word}: give {name}:KIND with one of {', '.join(entry.recipes)}")
-    facts = dict(row=name, kind=kind, n=entry.count, seed=entry.seed, source=None, size=entry.distilled.size)
+    shape = tuple(entry.distilled.x.shape[1:])
+    facts = dict(row=name, kind=kind, n=entry.count, seed=entry.seed, source=None, shape=shape)
+    facts |= dict(whitened=None if entry.zca is None else digest(entry.zca.matrix, entry.zca.mean))
     if name == "none":
         return Row(word, entry, "none", None, None, facts, 0, 0)
     source = entry.source
     facts |= dict(source=source.content, constants=[source.mean.tolist(), source.std.tolist()])
-    facts |= dict(whitened=None if entry.zca is None else digest(entry.zca.matrix, entry.zca.mean))
     if kind != "features" and not source.labelled:
         raise UserError(f"--neighbours {word}: {source.name} has no labels; give {name}:features")
     if kind in ("features", "soft") or name in ("kmeans", "herding", "teacher"):
-        facts |= dict(teacher=entry.teacher.name, weights=entry.teacher.info.get("weights_sha256"))
+        facts |= dict(teacher=entry.teacher_facts)
     if name == "teacher":
         return Row(word, entry, "teacher", None, None, facts, 0, 0)
     if name == "all_real":
@@ -312,6 +322,8 @@ def neighbour(word: str, entry: Entry) -> Row:
 
 def per_class_of(entry: Entry) -> int:
     """Images of each class in the set's number. Raises UserError if that is no whole number."""
+    if not entry.classes:
+        raise UserError(f"{entry.name}: {entry.source.name} has no labels, which DM and DSA need; leave these out")
     if entry.count % entry.classes:
         raise UserError(f"{entry.name}: {entry.count} images are not equally many of {entry.classes} classes, as DM "
                         "and DSA make them; leave these out")  # fmt: skip
@@ -378,7 +390,8 @@ def made(name: str, entry: Entry) -> Callable[[int], tuple[Tensor, Tensor]]:
     """Number of the network -> (normalised images, classes) of one set by DM or DSA, made once and kept in a file."""
     data, settings, ipc = entry.source, entry.matching[name], per_class_of(entry)
     method = {"dm": baselines.dm, "dsa": baselines.dsa_matching}[name]
-    facts = dict(settings=asdict(settings), ipc=ipc, seed=entry.seed, content=data.content, mean=data.mean.tolist())
+    facts = dict(settings=asdict(settings), ipc=ipc, seed=entry.seed, content=data.content)
+    facts |= dict(constants=[data.mean.tolist(), data.std.tolist()])
 
     @lru_cache(maxsize=1)
     def get() -> tuple[Tensor, Tensor]:
