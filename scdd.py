@@ -66,7 +66,7 @@ from common.run import (
     write_atomic,
 )  # fmt: skip
 from common.students import per_class
-from common.teacher import Teacher, classifier, freeze, load_classifier, load_teacher
+from common.teacher import Rescale, Teacher, classifier, freeze, load_classifier, load_teacher
 
 SqueezeMethod = Literal["barlow", "moco2", "moco3", "swav", "dino", "supervised"]
 
@@ -446,21 +446,6 @@ LIMITS = {  # of flags: one that is out of them is refused before anything begin
 }
 
 
-class Rescale(nn.Module):
-    """From images normalised by the data's constants to images normalised by a teacher's.
-
-    SC-DD's departure 2: the code recovers with CIFAR-10's constants and trains students with CIFAR-100's.
-    """
-
-    def __init__(self, data: Data, teacher: Teacher):
-        super().__init__()
-        self.register_buffer("scale", (data.std / teacher.std)[:, None, None])
-        self.register_buffer("shift", ((data.mean - teacher.mean) / teacher.std)[:, None, None])
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.scale + self.shift
-
-
 class StatisticsNorm(nn.Module):
     """A frozen BatchNorm that keeps in `term` how far the statistics of its last input were from its own, (G,)."""
 
@@ -738,7 +723,7 @@ def analysis(args: Args, preset: str, data: Data, device: torch.device) -> dict:
     rows = {}
     for name, teacher in teachers.items():
         accuracy = align(args, teacher, data, device, run.folder)[1]
-        net = nn.Sequential(Rescale(data, teacher), teacher.net).to(device)
+        net = nn.Sequential(Rescale(data.mean, data.std, teacher), teacher.net).to(device)
         rows[name] = dict(probe=accuracy, knn=quick_knn(net, data, device)) | {
             key: teacher.info.get(key)
             for key in ("epochs", "batch", "lr", "seconds", "loss", "embedding_std", "collapsed")
@@ -766,7 +751,7 @@ def analysis(args: Args, preset: str, data: Data, device: torch.device) -> dict:
                 name,
                 name.split()[0],
                 next(teacher.net.parameters()).shape[0],
-                nn.Sequential(Rescale(data, teacher), teacher.net).to(device),
+                nn.Sequential(Rescale(data.mean, data.std, teacher), teacher.net).to(device),
             )
             for name, teacher in teachers.items()
             if name != untrained
@@ -954,7 +939,9 @@ def main(args: Args) -> dict:
     if squeezed is None and args.teacher_method != "supervised":
         squeezed = squeeze(args, data, device)
     # every network takes the data's normalised images, whatever constants it was trained with
-    rescaled = lambda teacher, fc: nn.Sequential(Rescale(data, teacher), classifier(teacher, fc)).to(device)  # noqa: E731
+    rescaled = lambda teacher, fc: nn.Sequential(Rescale(data.mean, data.std, teacher), classifier(teacher, fc)).to(
+        device
+    )  # noqa: E731
     networks = {"label": rescaled(label, label.fc)}
     facts = {"label": label.info | dict(name=label.name)}
     if args.teacher_method == "supervised":

@@ -91,7 +91,7 @@ from common.run import (
 )  # fmt: skip
 from common.sets import NAMED, NO_FLIP
 from common.students import Recipe, score_student
-from common.teacher import Teacher, classifier, load_classifier, load_teacher
+from common.teacher import Rescale, Teacher, classifier, load_classifier, load_teacher
 
 
 def optional(kind: type, *leave: str) -> type:
@@ -443,9 +443,10 @@ class Targets:
         return self.seen[key]
 
     def classifier(self, name: str, entry: Entry) -> tuple[nn.Module, dict]:
-        """Normalised images -> logits of the target's classes, and what it is; trained if no --kd-teacher is named."""
-        data, args = self.data(name, entry), self.args
-        if data.content not in self.teachers:
+        """Images by the set's constants -> logits of the target's classes, and what it is; trained if none is named."""
+        data, args, constants = self.data(name, entry), self.args, (entry.distilled.mean, entry.distilled.std)
+        key = (data.content, data.size, *(tuple(part.tolist()) for part in constants))
+        if key not in self.teachers:
             if args.kd_teacher == "train":
                 stem = "pad" if data.size < 48 else "resized"
                 teacher = train_supervised(
@@ -455,10 +456,11 @@ class Targets:
                 )  # fmt: skip
             else:
                 teacher = load_classifier(args.kd_teacher, data, self.device, args.stem_padding, flag="--kd-teacher")
-            net = classifier(teacher, teacher.fc).to(self.device).eval()
+            rescale = Rescale(*constants, teacher)  # Evaluate's departure 1: published is the same tensor for both
+            net = nn.Sequential(rescale, classifier(teacher, teacher.fc)).to(self.device).eval()
             facts = dict(name=teacher.name, weights=net_digest(net), accuracy=teacher.info.get("accuracy"))
-            self.teachers[data.content] = net, facts
-        return self.teachers[data.content]
+            self.teachers[key] = net, facts
+        return self.teachers[key]
 
 
 # ------------------------------------------------------------------------------------------------------------ cells
@@ -615,7 +617,7 @@ def taught(cell: Cell, net: nn.Module, data: Data, test: Inputs, targets: Target
     """
     row, entry, device, key = cell.row, cell.row.entry, cell.row.entry.device, (cell.row.entry.seed, cell.run)
     teacher, _ = targets.classifier(cell.target, entry)
-    recipe, rate = args.kd, args.kd.lr
+    recipe, rate, n = args.kd, args.kd.lr, entry.n
     if row.facts["row"] == "gaussian":
         with seeded("evaluation network", *key):
             net = make_network(cell.model, entry, row.out).to(device)
@@ -623,11 +625,13 @@ def taught(cell: Cell, net: nn.Module, data: Data, test: Inputs, targets: Target
         images = lambda index, step: torch.randn(len(index), *shape, generator=rng("kd noise", *key, step)).to(device)  # noqa: E731
     else:
         x = row.plain(cell.run).to(device)
+        n = len(x)
         images = lambda index, step: x[index.to(device)]  # noqa: E731
     recipe = replace(recipe, dsa=without_flip(recipe.dsa, data.flip))
+    steps = recipe.epochs * -(-entry.n // recipe.batch)  # of all rows
     distil_knowledge(
-        net, teacher, images, entry.n, data.num_classes, recipe, rate, entry.prepare(), device, *key
-    )  # fmt: skip
+        net, teacher, images, n, data.num_classes, recipe, rate, entry.prepare(), device, *key, steps=steps
+    )
     return test_accuracy(net.train(recipe.student_test_mode == "train"), test, data.y_test)
 
 

@@ -178,11 +178,13 @@ def distil_knowledge(
     prepare: Callable[[Tensor], Tensor],
     device: torch.device,
     *key,
+    steps: int | None = None,
 ) -> None:
     """Train net with a new head on the teacher's outputs for n images, in place: no label, no image of the target.
 
     images: (places (B,), step) -> normalised images (B, C, H, W) on the device, which the teacher sees after DSA, as
-    does the student after `prepare` (the whitening of a whitened set). teacher: inputs -> logits. The net stays in
+    does the student after `prepare` (the whitening of a whitened set). teacher: inputs -> logits. steps: of all epochs,
+    where they are not to be counted by n. The net stays in
     train mode; the teacher is left in eval mode. Raises UserError if the last loss is not finite.
     """
     with seeded("kd head", *key):
@@ -193,14 +195,15 @@ def distil_knowledge(
         teacher = copy.deepcopy(teacher)  # its running statistics drift, as published, but not into the next cell
     teacher.train(recipe.teacher_mode == "train")
     net.train()
-    for step in range(recipe.epochs * per_epoch):
+    steps = steps or recipe.epochs * per_epoch
+    for step in range(steps):
         epoch, i = divmod(step, per_epoch)
         index = epoch_order(n, "kd", *key, epoch)[i * recipe.batch :][: recipe.batch]
         x = dsa(images(index, step), generator, recipe.dsa, recipe.strengths)
         with torch.no_grad():
             target = teacher(x)
         loss = kd_loss(net(prepare(x)), target, recipe.temperature)
-        optimizer.param_groups[0]["lr"] = lr * 0.5 * (1 + math.cos(math.pi * epoch / recipe.epochs))
+        optimizer.param_groups[0]["lr"] = lr * 0.5 * (1 + math.cos(math.pi * epoch / -(-steps // per_epoch)))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -40,7 +40,7 @@ from common.protocols import LabelRecipe, fit_labels, without_flip
 from common.relabel import SoftRecipe, StoredLabels, digest, net_digest, post_train, views_key
 from common.run import UserError, seeded, write_atomic
 from common.students import STEPS, Recipe, fit_student, student_steps
-from common.teacher import Teacher, classifier
+from common.teacher import Rescale, Teacher, classifier
 
 NEIGHBOURS = ("none", "gaussian", *baselines.SUBSETS, *baselines.MATCHED, "all_real", "teacher")
 SPARE = 4 << 30  # bytes left free on a CUDA device where images are kept there
@@ -91,7 +91,9 @@ class Entry:
             raise UserError(
                 f"{self.path}: its teacher {self.teacher.name} has no classifier; give --teacher one that has"
             )
-        return classifier(self.teacher, self.teacher.fc).to(self.device)
+        constants = self.distilled.mean, self.distilled.std
+        rescale = Rescale(*constants, self.teacher)  # as scdd.py's students see it
+        return nn.Sequential(rescale, classifier(self.teacher, self.teacher.fc)).to(self.device).eval()
 
     @cached_property
     def teacher_facts(self) -> list:

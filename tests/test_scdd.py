@@ -392,7 +392,7 @@ def test_a_teacher_with_other_constants_sees_its_own_normalisation():
     empty = torch.zeros(2, 3, 5, 5, dtype=torch.uint8)
     data = Data("made", empty, torch.arange(2), empty, torch.arange(2), ["a", "b"], mean, std, "none", "key", True)
     teacher = Teacher(nn.Identity(), 1, **theirs, name="other", info={}, folder=None)
-    found = scdd.Rescale(data, teacher)(normalise(x, mean, std))
+    found = scdd.Rescale(data.mean, data.std, teacher)(normalise(x, mean, std))
     torch.testing.assert_close(found, normalise(x, **theirs), rtol=1e-5, atol=1e-5)
 
 
