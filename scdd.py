@@ -938,10 +938,11 @@ def main(args: Args) -> dict:
         label = label_teacher(args, data, device)
     if squeezed is None and args.teacher_method != "supervised":
         squeezed = squeeze(args, data, device)
+
     # every network takes the data's normalised images, whatever constants it was trained with
-    rescaled = lambda teacher, fc: nn.Sequential(Rescale(data.mean, data.std, teacher), classifier(teacher, fc)).to(
-        device
-    )  # noqa: E731
+    def rescaled(teacher: Teacher, fc: nn.Linear) -> nn.Module:
+        return nn.Sequential(Rescale(data.mean, data.std, teacher), classifier(teacher, fc)).to(device)
+
     networks = {"label": rescaled(label, label.fc)}
     facts = {"label": label.info | dict(name=label.name)}
     if args.teacher_method == "supervised":
