@@ -385,6 +385,7 @@ def rows_of(entries: list[Entry], args: Args) -> list[Row]:
             made = neighbour(word, entry)
             recipe = {} if made.kind in ("none", "teacher") else asdict(entry.recipes[made.kind])
             facts = [made.facts, recipe, entry.widths, entry.norm, entry.n, entry.runs, made.out]
+            facts += [models_of(entry, args), entry.distilled.meta.get("eval_width")]
             row.beside[word] = neighbours.setdefault(json.dumps(facts), made)
         sets.append(row)
         if ranked and entry.kind in ("scores", "soft"):

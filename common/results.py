@@ -85,7 +85,7 @@ def ranking_of(results: Results, rows: list[Row]) -> dict[str, dict]:
         for use, target, model, name in results:
             if use == "scratch" and name == row.name:
                 pair = {which: results["scratch", target, model, of] for which, of in names.items()}
-                found[f"{row.name} {model}"] = dict(
+                found[f"{row.name}, {model}, {target}"] = dict(
                     hard_label_recovery=paired(pair, "all", "hard", "accuracy"),
                     improvement_over_random=paired(pair, "set", "random", "accuracy"),
                 )

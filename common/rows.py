@@ -288,12 +288,12 @@ def neighbour(word: str, entry: Entry) -> Row:
     if kind not in entry.recipes:
         raise UserError(f"--neighbours {word}: give {name}:KIND with one of {', '.join(entry.recipes)}")
     shape = tuple(entry.distilled.x.shape[1:])
-    facts = dict(row=name, kind=kind, n=entry.count, seed=entry.seed, source=None, shape=shape)
+    facts = dict(row=name, kind=kind, seed=entry.seed, shape=shape)
     facts |= dict(whitened=None if entry.zca is None else digest(entry.zca.matrix, entry.zca.mean))
     if name == "none":
         return Row(word, entry, "none", None, None, facts, 0, 0)
     source = entry.source
-    facts |= dict(source=source.content, constants=[source.mean.tolist(), source.std.tolist()])
+    facts |= dict(n=entry.count, source=source.content, constants=[source.mean.tolist(), source.std.tolist()])
     if kind != "features" and not source.labelled:
         raise UserError(f"--neighbours {word}: {source.name} has no labels; give {name}:features")
     if kind in ("features", "soft") or name in ("kmeans", "herding", "teacher"):
