@@ -2,7 +2,8 @@
 
 Subsets: random, k-means medoids of pixels or of a teacher's features, herding, images of high loss. Everything is
 drawn from the training images alone and from keyed generators. DM and DSA are short restatements of the published
-methods as they stand in their authors' code (GitHub VICO-UoE/DatasetCondensation); each departure says so.
+methods as they stand in their authors' code (GitHub VICO-UoE/DatasetCondensation); each departure says so there
+(Evaluate's departure 6).
 """
 
 import math
@@ -127,8 +128,8 @@ def real_losses(
     x: (N, C, H, W) uint8; y: (N, d) targets (squared error, mean over d) or (N,) labels (cross-entropy); data: mean and
     std; make_net: draws a network. What MKDT (Joshi et al., ICLR 2025, arXiv:2410.02116) ranks its high-loss subset by
     in its code: the loss after the first epoch of SGD (batch 256, rate 0.1, momentum 0.9, weight decay 1e-4, no
-    augmentation), mean over its 100 experts (departure: 5). Scored in eval mode, without augmentation. Raises UserError
-    if a loss is not finite.
+    augmentation), mean over its 100 experts (Evaluate's departure 5: 5 networks). Scored in eval mode, without
+    augmentation. Raises UserError if a loss is not finite.
     """
     images = Inputs(x, data.mean, data.std, None, device, 0.0, SPARE)
     total = torch.zeros(len(x), dtype=torch.float64)

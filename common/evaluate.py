@@ -36,7 +36,7 @@ import kernels
 from common.artefact import Distilled
 from common.baselines import DM, DSA
 from common.data import Data, Inputs, describe, hold_out, load
-from common.exchange import load_any
+from common.exchange import FEATURES, SCORES, load_any
 from common.models import PAIR_NETS, convnet_depth
 from common.pairs import Protocol, finetune, matching_error, summarise
 from common.pretrain import train_supervised
@@ -154,6 +154,12 @@ class Args:
     """of the sets' files; auto: recognised"""
     space: Literal["normalised", "whitened", "pixels"] | None = None
     """what the numbers of another project's images are; None: as its form has them"""
+    mean: tuple[float, ...] | None = None
+    """what another project's images were normalised by; None: the source's"""
+    std: tuple[float, ...] | None = None
+    """likewise"""
+    y_is: Literal["features", "scores"] | None = None
+    """what another project's targets are, where their width does not say it"""
     experiment: int = 0
     """of a DC file with several"""
     size: int | None = None
@@ -305,9 +311,12 @@ def entry_of(spec: str, args: Args, device: torch.device, folder: Path) -> Entry
         raise UserError(f"{path}: no such set; name a file, or a run's folder")
     ours = path.suffix == ".safetensors"
     source = None if ours else source_of(None, path, args)
+    constants = {name: torch.tensor(value) for name in ("mean", "std") if (value := getattr(args, name)) is not None}
+    words = {"features": FEATURES, "scores": SCORES, None: None}
     distilled = load_any(
-        path, source, form=args.form, space=args.space, experiment=args.experiment, data_dir=args.data_dir
-    )
+        path, source, form=args.form, space=args.space, experiment=args.experiment, y_is=words[args.y_is],
+        data_dir=args.data_dir, **constants,
+    )  # fmt: skip
     kind = kind_of(distilled) if args.y == "own" else args.y
     if kind != kind_of(distilled) and "features" in (kind, kind_of(distilled)):
         raise UserError(f"{path}: its y are {distilled.y_is}; --y {kind} does not go with that")

@@ -336,7 +336,10 @@ def predict_seconds(
 
 
 def summarise(scores: list[dict]) -> dict[str, dict]:
-    """Per metric: the values (one a network; few-label draws kept beside), mean and sample std over networks."""
+    """Per metric: the values (one a network; few-label draws kept beside), mean and sample std over networks.
+
+    Evaluate's departure 7: KRR-ST's code has the population's.
+    """
     summary = {}
     for metric in scores[0]:
         values = [s[metric] for s in scores]

@@ -62,6 +62,7 @@ class KdRecipe:
     temperature: float = 1.0
     dsa: str = DSA_OF_DC
     strengths: str = "dc"
+    # Evaluate's departure 1: published is train for both
     student_test_mode: str = "eval"  # train: BatchNorm takes the statistics of each test batch, as published
     teacher_mode: str = "eval"  # train: likewise the teacher's of each batch, as published
 
@@ -123,8 +124,8 @@ def probe(
     """Accuracies of linear classifiers on frozen features of data's images.
 
     probe: by SGD, with all labels; few_5, few_1: closed form, with 5 and 1 labels a class; part_5, part_1: with 5 and
-    1 per cent of each class (MKDT, arXiv:2410.02116, which fits them by L-BFGS), one value a draw. train, test: the
-    network inputs of data. cache_gb: features of the training set are kept up to this.
+    1 per cent of each class (Evaluate's departure 2: MKDT, arXiv:2410.02116, fits them by L-BFGS), one value a draw.
+    train, test: the network inputs of data. cache_gb: features of the training set are kept up to this.
     """
     net.eval()
     f_test = embed(net, test)

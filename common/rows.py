@@ -357,7 +357,7 @@ def of_made(entry: Entry, kind: str, x: Tensor, y: Tensor) -> tuple[Tensor, Tens
 
 
 def noise(entry: Entry) -> Callable[[int], tuple[Tensor, Tensor]]:
-    """Number of the network -> (normalised noise images, classes in turn)."""
+    """Number of the network -> (normalised noise images, classes in turn): Evaluate's departure 3."""
     shape, classes = (entry.count, *entry.distilled.x.shape[1:]), max(1, entry.classes)
     y = torch.arange(entry.count) * classes // entry.count  # class after class
     return lambda run: (baselines.gaussian(shape, "gaussian", entry.seed, run), y)
@@ -373,6 +373,7 @@ def chooser(name: str, kind: str, entry: Entry) -> Callable[[int], Tensor]:
     @lru_cache(maxsize=1)
     def fixed() -> tuple[Tensor | None, Tensor | None]:
         """(features, losses) of all training images, where they are asked for."""
+        # Evaluate's departure 4: KRR-ST does not say whose features its k-means are of
         features = entry.targets if name in ("kmeans", "herding") else None
         losses = None
         if name == "high_loss":
