@@ -413,7 +413,7 @@ class Targets:
 
     def __init__(self, args: Args, device: torch.device):
         self.args, self.device = args, device
-        self.loaded, self.seen, self.teachers, self.named = {}, {}, {}, {}
+        self.loaded, self.seen, self.teachers, self.named, self.features = {}, {}, {}, {}, {}
 
     def data(self, name: str, entry: Entry) -> Data:
         """name: "" for the set's own source."""
@@ -451,6 +451,18 @@ class Targets:
             room = self.args.cache_gb - sum(inputs.gigabytes for inputs in self.seen.values())
             self.seen[key] = entry.inputs(data.x_train if part == "train" else data.x_test, data, room)
         return self.seen[key]
+
+    def embed(self, network: str, net: nn.Module, images: Inputs, index: Tensor | None = None) -> Tensor:
+        """protocols.embed, whose result is kept for the other protocols of this network as far as --cache-gb goes."""
+        if index is not None:
+            return embed(net, images, index)
+        self.features = {key: f for key, f in self.features.items() if key[0] == network}
+        if (network, id(images)) not in self.features:
+            f = embed(net, images)
+            if f.nbytes + sum(kept.nbytes for kept in self.features.values()) > self.args.cache_gb * 1e9:
+                return f
+            self.features[network, id(images)] = f
+        return self.features[network, id(images)]
 
     def classifier(self, name: str, entry: Entry) -> tuple[nn.Module, dict]:
         """Images by the set's constants -> logits of the target's classes, and what it is; trained if none is named."""
@@ -590,12 +602,13 @@ def score(cell: Cell, net: nn.Module | None, targets: Targets, args: Args) -> di
     """A cell's scores. net: the row's network, which is left as it is; None for the teacher itself."""
     row, entry, device = cell.row, cell.row.entry, cell.row.entry.device
     data, inputs = targets.data(cell.target, entry), partial(targets.inputs, cell.target, entry)
-    protocol, key = transfer_of(row, data, args), (entry.seed, cell.run)
+    protocol, key, vote = transfer_of(row, data, args), (entry.seed, cell.run), (args.knn_k, args.knn_temperature)
+    embedded = partial(targets.embed, network_key(cell))
     if row.kind == "teacher":
         parts = ((data.x_train, "train"), (data.x_test, "test"))
         f_train, f_test = (entry.teacher.cached_targets(x, data.content, part, device).to(device) for x, part in parts)
         if cell.use == "knn":
-            return {"knn": knn_of(f_train, f_test, data, args.knn_k, args.knn_temperature)}
+            return {"knn": knn_of(f_train, f_test, data, *vote)}
         return probes_of(lambda index: f_train[index.to(device)], f_test, data, protocol, *key)
     if cell.use == "scratch":
         if row.kind == "scores":
@@ -606,14 +619,14 @@ def score(cell: Cell, net: nn.Module | None, targets: Targets, args: Args) -> di
             return score_student(net, at, y.to(device), inputs("test"), data.y_test, recipe, krr)
         return {"accuracy": test_accuracy(net.eval(), inputs("test"), data.y_test)}
     if cell.use == "probe":
-        scores = probe(net, data, inputs("train"), inputs("test"), protocol, args.cache_gb, *key)
+        scores = probe(net, data, inputs("train"), inputs("test"), protocol, args.cache_gb, *key, embed=embedded)
         if entry.kind == "features" and row.kind in ("features", "none") and data.content == entry.source_content:
             wanted = entry.teacher.cached_targets(data.x_test, data.content, "test", device)
             with torch.no_grad():
-                scores = {"match": matching_error(net.head(embed(net, inputs("test"))).cpu(), wanted)} | scores
+                scores = {"match": matching_error(net.head(embedded(net, inputs("test"))).cpu(), wanted)} | scores
         return scores
     if cell.use == "knn":
-        return {"knn": neighbours_vote(net, data, inputs("train"), inputs("test"), args.knn_k, args.knn_temperature)}
+        return {"knn": neighbours_vote(net, data, inputs("train"), inputs("test"), *vote, embed=embedded)}
     net = copy.deepcopy(net)
     if cell.use == "finetune":
         return {"finetune": finetune(net, data, device, protocol, *key, prepare=entry.prepare())}

@@ -119,13 +119,14 @@ def test_accuracy(net: nn.Module, test: Inputs, y_test: Tensor) -> float:
 
 
 def probe(
-    net: nn.Module, data: Data, train: Inputs, test: Inputs, protocol: Protocol, cache_gb: float, *key
+    net: nn.Module, data: Data, train: Inputs, test: Inputs, protocol: Protocol, cache_gb: float, *key, embed=embed
 ) -> dict[str, float | list[float]]:
     """Accuracies of linear classifiers on frozen features of data's images.
 
     probe: by SGD, with all labels; few_5, few_1: closed form, with 5 and 1 labels a class; part_5, part_1: with 5 and
     1 per cent of each class (Evaluate's departure 2: MKDT, arXiv:2410.02116, fits them by L-BFGS), one value a draw.
     train, test: the network inputs of data. cache_gb: features of the training set are kept up to this.
+    embed: as the function of that name, or one that remembers.
     """
     net.eval()
     f_test = embed(net, test)
@@ -148,11 +149,12 @@ def probes_of(features, f_test: Tensor, data: Data, protocol: Protocol, *key) ->
     return scores
 
 
-def neighbours_vote(net: nn.Module, data: Data, train: Inputs, test: Inputs, k: int, temperature: float) -> float:
+def neighbours_vote(
+    net: nn.Module, data: Data, train: Inputs, test: Inputs, k: int, temperature: float, embed=embed
+) -> float:
     """Accuracy of k training images voting by exp(cosine / temperature) (Wu et al. 2018, arXiv:1805.01978)."""
     net.eval()
-    f_train, f_test = embed(net, train), embed(net, test)
-    return knn_of(f_train, f_test, data, k, temperature)
+    return knn_of(embed(net, train), embed(net, test), data, k, temperature)
 
 
 def knn_of(f_train: Tensor, f_test: Tensor, data: Data, k: int, temperature: float) -> float:

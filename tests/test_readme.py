@@ -385,7 +385,56 @@ def analysed_table(name: str, part: str) -> str:
     return dict(teachers=teacher_table, analysis=summary_table)[part](of("teachers", name)[part])
 
 
+MEASURES = dict(match="match error", probe="probe", part_5="5 %", part_1="1 %", few_5="5 a class", few_1="1 a class",
+                knn="k-NN", finetune="fine-tuned", kd="taught")  # fmt: skip
+ROW_WORDS = {
+    "none": "no pretraining", "gaussian": "noise", "random": "random real", "kmeans": "k-means medoids",
+    "herding": "herding", "high_loss": "highest loss", "teacher": "teacher", "random:labels": "random real, labels",
+    "dm": "DM", "dsa": "DSA", "krr_st": "**KRR-ST**", "frepo": "**FRePo**", "frepo:labels": "FRePo, hard labels",
+    "all_real:labels": "all real, labels",
+}  # fmt: skip
+
+
+def evaluated_table(*names: str) -> str:
+    """The cells of one or more evaluations: a line for each target and row, a column for each measure."""
+    cells, results = {}, [of("evaluate", name) for name in names]
+    for r in results:
+        for cell in r["cells"]:
+            cells.setdefault((cell["target"], cell["row"]), {})[cell["metric"]] = cell
+    columns = [m for m in MEASURES if any(m in of_row for of_row in cells.values())]
+    lines = ["| target | | " + " | ".join(MEASURES[m] for m in columns) + " |", "|---" * (2 + len(columns)) + "|"]
+    for target in dict.fromkeys(target for target, _ in cells):
+        for row in [row for row in ROW_WORDS if (target, row) in cells]:
+            scores = cells[target, row]
+            texts = ["-" if m not in scores else (error if m == "match" else percent)(scores[m]) for m in columns]
+            lines.append(f"| {target} | {ROW_WORDS[row]} | " + " | ".join(texts) + " |")
+    minutes = sum(r["seconds"] for r in results) / 60
+    return "\n".join(lines) + f"\n\n{minutes:.0f} minutes, {max(r['peak_memory_bytes'] for r in results) / 1e9:.1f} GB."
+
+
+def ranked_table(name: str) -> str:
+    """Accuracies of networks trained from scratch, by network, and what DD-Ranking makes of them."""
+    r = of("evaluate", name)
+    cells = {(c["row"], c["model"], c["metric"]): c for c in r["cells"]}
+    columns = list(dict.fromkeys((c["model"], c["metric"]) for c in r["cells"]))
+    heads = [model if metric == "accuracy" else f"{model}, {metric}" for model, metric in columns]
+    lines = ["| | " + " | ".join(heads) + " |", "|---" * (1 + len(columns)) + "|"]
+    for row in [row for row in ROW_WORDS if any(key[0] == row for key in cells)]:
+        lines.append(f"| {ROW_WORDS[row]} | " + " | ".join(percent(cells.get((row, *c))) for c in columns) + " |")
+    for which, of_set in r["ranking"].items():
+        recovery, gain = (
+            f"{100 * of_set[key]['mean']:.1f} ± {100 * of_set[key]['se_networks']:.1f}"
+            for key in ("hard_label_recovery", "improvement_over_random")
+        )
+        lines.append(f"\n{which}: hard-label recovery {recovery}, improvement over random {gain} (standard errors).")
+    return "\n".join(lines)
+
+
 TABLES = {
+    "evaluate digits": lambda: evaluated_table("digits.json"),
+    "evaluate cifar100": lambda: evaluated_table("cifar100_reduced.json", "cifar100_kd_reduced.json"),
+    "evaluate tiny": lambda: evaluated_table("tiny_reduced.json"),
+    "evaluate labels": lambda: ranked_table("digits_labels.json"),
     "teachers digits": lambda: analysed_table("digits.json", "teachers"),
     "teachers cifar10": lambda: analysed_table("cifar10_reduced.json", "teachers"),
     "statistics cifar10": lambda: analysed_table("cifar10_reduced.json", "analysis"),
@@ -422,7 +471,7 @@ def block(name: str) -> re.Pattern:
     return re.compile(f"(<!-- {name} -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
-NAMES = dict(frepo="FRePo", isa="ISA", scdd="SC-DD", boost_pca="Boost-PCA", Teachers="Teachers")
+NAMES = dict(frepo="FRePo", isa="ISA", scdd="SC-DD", boost_pca="Boost-PCA", Teachers="Teachers", Evaluate="Evaluate")
 
 
 @pytest.mark.parametrize(("method", "name"), NAMES.items())
