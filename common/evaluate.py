@@ -29,7 +29,7 @@ import torch
 import tyro
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import kernels
