@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import kernels
+from common import baselines
 from common.artefact import Distilled
 from common.baselines import DM, DSA
 from common.data import Data, Inputs, describe, hold_out, load
@@ -226,6 +227,11 @@ class Args:
 
 
 LIMITS = {(1, 1e6): "runs widths kd_teacher_width kd_teacher_epochs knn_k high_loss_networks high_loss_epochs"}
+POSITIVE = dict(
+    transfer="epochs batch probe_steps probe_batch few_draws finetune_steps finetune_batch", scores="steps batch",
+    soft="epochs batch", labels="epochs batch", kd="epochs batch temperature", dm="iterations batch_real width",
+    dsa="iterations batch_real batch_train width",
+)  # fmt: skip
 LIMITS |= {(2, 1e6): "kd_teacher_batch", (1e-3, 1e6): "knn_temperature", (0, 1e6): "cache_gb kd_teacher_lr"}
 
 
@@ -302,7 +308,7 @@ def find_teacher(
     return teacher
 
 
-def entry_of(spec: str, args: Args, device: torch.device, folder: Path) -> Entry:
+def entry_of(spec: str, args: Args, device: torch.device) -> Entry:
     """A set as it is to be scored. Raises UserError for what cannot be read or lacks what --y asks for."""
     path = Path(spec)
     if path.is_dir() and (path / "distilled.safetensors").is_file():
@@ -348,16 +354,15 @@ def entry_of(spec: str, args: Args, device: torch.device, folder: Path) -> Entry
         high_loss=dict(networks=args.high_loss_networks, epochs=args.high_loss_epochs),
         matching=matching,
         cache_gb=args.cache_gb,
-        folder=folder / "sets",
     )  # fmt: skip
 
 
 USED = [f.name for f in fields(Protocol) if f.name.startswith(("probe", "few", "finetune"))]  # after the training
 
 
-def entries_of(args: Args, device: torch.device, folder: Path) -> list[Entry]:
+def entries_of(args: Args, device: torch.device) -> list[Entry]:
     """The sets, with names that differ, to be used alike: by what their files say if they agree, else as published."""
-    entries = [entry_of(spec, args, device, folder) for spec in args.artefacts]
+    entries = [entry_of(spec, args, device) for spec in args.artefacts]
     if len({entry.widths for entry in entries}) > 1 and any(name in PAIR_NETS for name in args.models):
         found = ", ".join(f"{entry.path} {' '.join(map(str, entry.widths))}" for entry in entries)
         raise UserError(f"--models: the sets' files name ConvNets of several widths ({found}); give --widths for all")
@@ -505,17 +510,19 @@ class Cell:
 
     @property
     def file(self) -> str:
-        words = f"{self.row.name} {self.model} {self.use} {Path(self.target).name or 'source'} {self.run}"
-        return "".join(c if c.isalnum() or c in "-_" else "_" for c in words) + f"-{self.key[:12]}.json"
+        """Its name in cells/: by what it depends on alone, so that a row by another name finds it again."""
+        return f"{self.key[:24]}.json"
 
 
-def fits(use: str, row: Row, data: Data) -> bool:
+def fits(use: str, row: Row, data: Data, args: Args) -> bool:
     """Whether a row can be used so. Raises UserError for a target that the set's labels are not of."""
     if row.kind == "teacher":
         return use in ("probe", "knn")
     if use == "kd":
         return row.plain is not None
     if use != "scratch":
+        if use == "knn" and args.knn_k > len(data.x_train):
+            raise UserError(f"--knn-k {args.knn_k}: {data.name} has {len(data.x_train)} training images")
         return True
     if row.kind in ("none", "features"):
         return False
@@ -562,7 +569,7 @@ def cells_of(rows: list[Row], args: Args, targets: Targets) -> list[Cell]:
                 for target in target_names(args):
                     data = targets.data(target, entry)
                     for use in dict.fromkeys(uses):
-                        if fits(use, row, data):
+                        if fits(use, row, data, args):
                             facts = facts_of(row, model, run, use, target, data, targets, args)
                             cells.append(Cell(row, model, run, use, target, facts))
     return cells
@@ -581,16 +588,29 @@ def facts_of(row: Row, model: str, run: int, use: str, target: str, data: Data, 
     facts |= dict(widths=entry.widths, norm=entry.norm, eval_width=entry.distilled.meta.get("eval_width"))
     facts |= dict(out=None if row.kind == "teacher" else row.out)
     if row.kind in KINDS:
-        facts["recipe"] = asdict(entry.recipes[row.kind]) | {"runs": None}
+        later = {"runs", *(USED if row.kind == "features" else ())}  # what training does not depend on
+        recipe = asdict(entry.recipes[row.kind])
+        facts["recipe"] = {name: value for name, value in recipe.items() if name not in later}
     if row.kind == "soft":
         facts["teacher"] = entry.teacher_facts
     if use in ("probe", "finetune"):
-        facts["transfer"] = asdict(transfer) | {"runs": None}
+        begins = ("probe", "few") if use == "probe" else ("finetune",)
+        facts["transfer"] = {name: value for name, value in asdict(transfer).items() if name.startswith(begins)}
+    if use == "probe" and matched(row, data):
+        facts["match"] = entry.teacher_facts
     if use == "knn":
         facts["knn"] = [args.knn_k, args.knn_temperature]
     if use == "kd":
         facts["kd"] = [asdict(args.kd), targets.classifier(target, entry)[1]["weights"]]
     return facts
+
+
+def matched(row: Row, data: Data) -> bool:
+    """Whether a probe also measures how well the network's own head matches the teacher: on the set's source."""
+    entry = row.entry
+    if entry.kind != "features" or row.kind not in ("features", "none") or data.content != entry.source_content:
+        return False
+    return entry.finds_teacher
 
 
 def target_content(data: Data) -> list:
@@ -620,7 +640,7 @@ def score(cell: Cell, net: nn.Module | None, targets: Targets, args: Args) -> di
         return {"accuracy": test_accuracy(net.eval(), inputs("test"), data.y_test)}
     if cell.use == "probe":
         scores = probe(net, data, inputs("train"), inputs("test"), protocol, args.cache_gb, *key, embed=embedded)
-        if entry.kind == "features" and row.kind in ("features", "none") and data.content == entry.source_content:
+        if matched(row, data):
             wanted = entry.teacher.cached_targets(data.x_test, data.content, "test", device)
             with torch.no_grad():
                 scores = {"match": matching_error(net.head(embedded(net, inputs("test"))).cpu(), wanted)} | scores
@@ -670,8 +690,12 @@ def read_cell(folder: Path, cell: Cell) -> dict | None:
     """What a finished cell's file holds, None where it is not finished, or was scored otherwise."""
     try:
         kept = json.loads((folder / "cells" / cell.file).read_text())
-        return kept if kept["key"] == cell.key else None
-    except (OSError, ValueError, KeyError, TypeError):
+        return kept if kept["key"] == cell.key and kept["scores"] else None
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        print(f"{folder / 'cells' / cell.file} cannot be read ({first_line(error)}): it is scored again")
+        (folder / "cells" / cell.file).unlink(missing_ok=True)
         return None
 
 
@@ -707,7 +731,7 @@ def work(job: list[Cell], folder: Path, targets: Targets, args: Args, after: Cal
 
 def network_key(cell: Cell) -> str:
     """Of all that a trained network depends on: a cell's facts without what it is used for."""
-    used_for = ("use", "test", "transfer", "knn", "kd")
+    used_for = ("use", "test", "transfer", "match", "knn", "kd")
     facts = {name: value for name, value in cell.facts.items() if name not in used_for}
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
@@ -778,30 +802,33 @@ def checked(args: Args) -> Args:
     for name, value in modes.items():
         if value not in ("eval", "train"):
             raise UserError(f"--kd.{name.replace('_', '-')} {value}: give eval or train")
-    for group, names in (("labels", "epochs batch"), ("kd", "epochs batch temperature")):
+    for group, names in POSITIVE.items():
         for name in names.split():
-            if not getattr(getattr(args, group), name) > 0:
-                raise UserError(f"--{group}.{name} {getattr(getattr(args, group), name)}: must be above 0")
+            value = getattr(getattr(args, group), name)
+            if value is not None and not value > 0:
+                raise UserError(f"--{group}.{name.replace('_', '-')} {value}: must be above 0")
+    if args.scores.loss not in (None, "mse", "xent", "softxent"):
+        raise UserError(f"--scores.loss {args.scores.loss}: not one of mse, xent, softxent")
     if args.ranking and args.protocol and "scratch" not in args.protocol:
         raise UserError("--ranking compares accuracies of protocol scratch; add it to --protocol")
     return args
 
 
-def begin(args: Args, processes: Processes) -> Path:
-    """The folder of this evaluation, made or gone on with."""
-    if processes.rank == 0:
-        folder = Path(args.resume or "")
-        if not args.resume:
-            stem = Path(args.artefacts[0]).resolve()
-            name = stem.parent.name if stem.suffix == ".safetensors" else stem.name
-            folder = new_folder(Path(args.out_dir), f"{name.split('__')[0]}__evaluate__{args.seed or 0}")
-        for part in ("cells", "networks", "sets"):
-            (folder / part).mkdir(exist_ok=True)
-        for left in folder.rglob(".*.tmp"):  # of a write that was killed
-            left.unlink()
-        write_json(folder / "args.json", asdict(args))
-        Run.latest = folder
-    return Path(processes.from_first(str(folder) if processes.rank == 0 else None))
+def begin(args: Args, entry: Entry, device: torch.device) -> Path:
+    """The folder of this evaluation, made or gone on with: once all else is found to be in order."""
+    folder = Path(args.resume or "")
+    if not args.resume:
+        folder = new_folder(Path(args.out_dir), f"{entry.distilled.data}__evaluate__{entry.seed}")
+    elif not folder.is_dir():
+        raise UserError(f"--resume {folder}: no such folder; name one of an evaluation")
+    for part in ("cells", "networks", "sets"):
+        (folder / part).mkdir(exist_ok=True)
+    for left in folder.rglob(".*.tmp"):  # of a write that was killed
+        left.unlink()
+    write_json(folder / "args.json", asdict(args))
+    Run.latest = folder
+    print(f"run: {folder} on {device_words(device)}, torch {torch.__version__}")
+    return folder
 
 
 def main(args: Args) -> dict:
@@ -811,23 +838,25 @@ def main(args: Args) -> dict:
         print(f"report: {page}")
         return dict(report=str(page))
     args, began, processes = checked(args), time.monotonic(), Processes()
-    device = processes.device(args.device)
-    folder = begin(args, processes)
-    first = processes.rank == 0
-    if first:
-        print(f"run: {folder} on {device_words(device)}, torch {torch.__version__}")
-        print(kernels.describe("auto", device, "auto"))
+    device, first, folder = processes.device(args.device), processes.rank == 0, None
     if not first:  # data, teachers and sets are made by the first process, and read from its caches by the others
         processes.wait()
-    entries, targets = entries_of(args, device, folder), Targets(args, device)
+    else:
+        print(kernels.describe("auto", device, "auto"))
+    entries, targets = entries_of(args, device), Targets(args, device)
     check_networks(entries, args)
     rows = rows_of(entries, args)
     cells = cells_of(rows, args, targets)
-    for row in rows:
-        if first and row.facts["row"] in ("dm", "dsa"):
-            row.draw(0)
     if first:
+        folder = begin(args, entries[0], device)
+        for row in rows:
+            row.entry.folder = folder / "sets"
+            if row.facts["row"] in baselines.MATCHED:
+                row.draw(0)
         processes.wait()
+    folder = Path(processes.from_first(str(folder)))
+    for row in rows:
+        row.entry.folder = folder / "sets"
     done = sum(read_cell(folder, cell) is not None for cell in cells)
     print(f"table: {len(rows)} rows, {len(cells)} cells" + (f", {done} finished before" if done else ""))
     bar = tqdm(total=len(cells), initial=done, desc="cells", mininterval=1, dynamic_ncols=True, disable=not first)

@@ -60,7 +60,8 @@ def krr_st_table(number: int, results: Results, rows: list[Row]) -> str:
     sets = [row.name for row in rows if row.facts["row"] == "set"]
     listed = list(dict.fromkeys([*TABLES[number][2], *(row.name for row in rows if row.name not in sets), *sets]))
     found = list(dict.fromkeys(target for _, target, _, _ in results))
-    columns = sorted(found, key=lambda name: TABLES[number][1].index(name) if name in TABLES[number][1] else len(found))
+    order = TABLES[number][1]
+    columns = sorted(found, key=lambda name: order.index(name) if name in order else len(order))
     words = {name: name for name in listed} | {"none": "w/o pre", "random:labels": "random", "kmeans:labels": "kmeans"}
     words |= {name: f"{name}, own targets" for name in ("random", "kmeans")}
     values = {(words[row], target): entry_in_words("finetune", of["finetune"])

@@ -34,7 +34,7 @@ from common import baselines
 from common.artefact import Distilled, fit_pairs
 from common.augment import upload
 from common.data import Data, Inputs, Zca, denormalise, normalise
-from common.models import ConvNet, ResNet, convnet_depth, frepo_student, pair_net
+from common.models import RESNETS, ConvNet, ResNet, convnet_depth, frepo_student, pair_net
 from common.pairs import Protocol
 from common.protocols import LabelRecipe, fit_labels, without_flip
 from common.relabel import SoftRecipe, StoredLabels, digest, net_digest, post_train, views_key
@@ -70,7 +70,7 @@ class Entry:
     high_loss: dict  # networks, epochs
     matching: dict[str, baselines.DM | baselines.DSA]
     cache_gb: float
-    folder: Path  # where sets that are made here are kept
+    folder: Path = Path("sets")  # where sets that are made here are kept
     uses: Protocol = field(default_factory=Protocol)  # probes and fine-tuning, of all sets of a table alike
     uses_at: set[str | None] = field(
         default_factory=set
@@ -94,6 +94,15 @@ class Entry:
         constants = self.distilled.mean, self.distilled.std
         rescale = Rescale(*constants, self.teacher)  # as scdd.py's students see it
         return nn.Sequential(rescale, classifier(self.teacher, self.teacher.fc)).to(self.device).eval()
+
+    @cached_property
+    def finds_teacher(self) -> bool:
+        """Whether the teacher is at hand; a line says so if not."""
+        try:
+            return self.teacher is not None
+        except UserError as error:
+            print(f"without the match to the teacher: {error}")
+            return False
 
     @cached_property
     def teacher_facts(self) -> list:
@@ -223,6 +232,8 @@ def make_network(model: str, entry: Entry, out: int) -> nn.Module:
     if model == "dc_convnet":
         return ConvNet(channels, size, out, (128,) * convnet_depth(size), "instance")
     if model.startswith("scdd_"):
+        if model[5:] not in RESNETS:
+            raise UserError(f"--models {model}: not one of {', '.join(f'scdd_{arch}' for arch in RESNETS)}")
         return SoftStudent(model[5:], channels, size, out, entry.distilled.meta.get("eval_width", 64))
     if model.startswith("frepo_"):
         known = model if model in ("frepo_alexnet", "frepo_vgg11") else model[6:]
@@ -296,6 +307,8 @@ def neighbour(word: str, entry: Entry) -> Row:
     facts |= dict(n=entry.count, source=source.content, constants=[source.mean.tolist(), source.std.tolist()])
     if kind != "features" and not source.labelled:
         raise UserError(f"--neighbours {word}: {source.name} has no labels; give {name}:features")
+    if kind == "soft":
+        facts |= dict(seen_by=[entry.distilled.mean.tolist(), entry.distilled.std.tolist()])
     if kind in ("features", "soft") or name in ("kmeans", "herding", "teacher"):
         facts |= dict(teacher=entry.teacher_facts)
     if name == "teacher":
@@ -469,12 +482,12 @@ def fit_soft(net: nn.Module, row: Row, recipe: SoftRecipe, pixels: Tensor, y: Te
     """As scdd.py's evaluation: the labels beside the set's file where they were stored, else the teacher's own."""
     entry = row.entry
     x = Inputs(pixels, entry.distilled.mean, entry.distilled.std, None, entry.device, 0.0)
-    key, order = views_key(recipe, entry.seed, run)
-    labels, path = entry.teacher_net, entry.path.parent / "labels.safetensors"
-    if recipe.labels == "stored" and row.facts["row"] == "set" and path.exists():
-        labels = StoredLabels(path, x, recipe, *key, teacher=entry.teacher_net)
     if len(pixels) > entry.n:  # all real images, for as many updates
         share = entry.n / len(pixels)
         epochs = max(1, round(recipe.epochs * share))
         recipe = replace(recipe, epochs=epochs, warm_up=min(int(recipe.warm_up * share), epochs - 1), labels="online")
+    key, order = views_key(recipe, entry.seed, run)
+    labels, path = entry.teacher_net, entry.path.parent / "labels.safetensors"
+    if recipe.labels == "stored" and row.facts["row"] == "set" and path.exists():
+        labels = StoredLabels(path, x, recipe, *key, teacher=entry.teacher_net)
     return post_train(net, x, y, labels, recipe, *key, order=order)
