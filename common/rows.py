@@ -481,7 +481,7 @@ def on_device(x: Tensor) -> Callable[[Tensor], Tensor]:
 def fit_soft(net: nn.Module, row: Row, recipe: SoftRecipe, pixels: Tensor, y: Tensor, run: int) -> nn.Module:
     """As scdd.py's evaluation: the labels beside the set's file where they were stored, else the teacher's own."""
     entry = row.entry
-    x = Inputs(pixels, entry.distilled.mean, entry.distilled.std, None, entry.device, 0.0)
+    x = Inputs(pixels, entry.distilled.mean, entry.distilled.std, None, entry.device, 0.0, SPARE)
     if len(pixels) > entry.n:  # all real images, for as many updates
         share = entry.n / len(pixels)
         epochs = max(1, round(recipe.epochs * share))
