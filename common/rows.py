@@ -313,12 +313,16 @@ def neighbour(word: str, entry: Entry) -> Row:
         facts |= dict(teacher=entry.teacher_facts)
     if name == "teacher":
         return Row(word, entry, "teacher", None, None, facts, 0, 0)
+    image, total = source.x_train[0].numel(), len(source.x_train)
+    width = entry.teacher.dim if kind == "features" else entry.classes if kind == "scores" else 2  # a label: 8 bytes
     if name == "all_real":
-        images = source.x_train if kind == "soft" else entry.inputs(source.x_train, source, entry.cache_gb)
-        y = targets_of(entry, kind, torch.arange(len(source.x_train)))
-        bytes_of = source.x_train[0].numel() * len(source.x_train) + y.nbytes
-        return Row(word, entry, kind, lambda run: (images, y), None, facts, len(source.x_train), bytes_of)
-    image = source.x_train[0].numel()
+
+        @lru_cache(maxsize=1)
+        def everything() -> tuple[Tensor | Inputs, Tensor]:
+            images = source.x_train if kind == "soft" else entry.inputs(source.x_train, source, entry.cache_gb)
+            return images, targets_of(entry, kind, torch.arange(total))
+
+        return Row(word, entry, kind, lambda run: everything(), None, facts, total, total * (image + 4 * width))
     if name == "gaussian" or name in baselines.MATCHED:
         drawn = noise(entry) if name == "gaussian" else made(name, entry)
         facts |= {} if name == "gaussian" else dict(matching=asdict(entry.matching[name]))
@@ -331,7 +335,6 @@ def neighbour(word: str, entry: Entry) -> Row:
         chosen = lru_cache(maxsize=1)(chooser(name, kind, entry))
         draw = lambda run: of_real(entry, kind, chosen(run))  # noqa: E731
         plain = lambda run: normalise(source.x_train[chosen(run)], source.mean, source.std)  # noqa: E731
-    width = entry.teacher.dim if kind == "features" else entry.classes if kind == "scores" else 2  # a label: 8 bytes
     return Row(word, entry, kind, draw, plain, facts, entry.count, entry.count * (image + 4 * width))
 
 
