@@ -151,7 +151,7 @@ class Args:
     # the sets
     source: str | None = None
     """what the sets were distilled from, a name or a folder; None: as the set's run or file says"""
-    form: Literal["auto", "ours", "krr_st", "mtt", "dc", "folder", "npz", "ddranking"] = "auto"
+    in_form: Literal["auto", "ours", "krr_st", "mtt", "dc", "folder", "npz", "ddranking"] = "auto"
     """of the sets' files; auto: recognised"""
     space: Literal["normalised", "whitened", "pixels"] | None = None
     """what the numbers of another project's images are; None: as its form has them"""
@@ -165,6 +165,8 @@ class Args:
     """of a DC file with several"""
     size: int | None = None
     """side of the images of another project's sets; None: the source's usual one"""
+    channels: Literal["auto", "rgb", "grey"] = "auto"
+    """of the images of another project's sets; auto: the source's"""
     y: Literal["own", "labels", "soft"] = "own"
     """how networks are trained on the sets; own: as the file says (labels: on their highest class; soft: on --teacher's
     labels of augmented views)"""
@@ -230,7 +232,7 @@ LIMITS = {(1, 1e6): "runs widths kd_teacher_width kd_teacher_epochs knn_k high_l
 POSITIVE = dict(
     transfer="epochs batch probe_steps probe_batch few_draws finetune_steps finetune_batch", scores="steps batch",
     soft="epochs batch", labels="epochs batch", kd="epochs batch temperature", dm="iterations batch_real width",
-    dsa="iterations batch_real batch_train width",
+    dsa="iterations outer batch_real batch_train width",
 )  # fmt: skip
 LIMITS |= {(2, 1e6): "kd_teacher_batch", (1e-3, 1e6): "knn_temperature", (0, 1e6): "cache_gb kd_teacher_lr"}
 
@@ -254,7 +256,7 @@ def source_of(distilled: Distilled | None, path: Path, args: Args) -> Data:
     """
     flags = {} if args.source else run_flags(path)
     size = args.size if distilled is None else distilled.size
-    options = dict(data_dir=args.data_dir, size=size)
+    options = dict(data_dir=args.data_dir, size=size, channels=args.channels)
     if distilled is not None:
         options["channels"] = "grey" if distilled.channels == 1 else "rgb"
         options["resize"] = distilled.resize if distilled.resize in ("squash", "crop") else "squash"
@@ -277,7 +279,12 @@ def source_of(distilled: Distilled | None, path: Path, args: Args) -> Data:
         if not args.source:
             raise UserError(f"{words}; give --source")
         print(f"{words}: --source was given, so it is taken")
-    return data
+    return data if distilled is None else seen_by(distilled, data)
+
+
+def seen_by(distilled: Distilled, data: Data) -> Data:
+    """A set's own source by the constants the set is normalised by, which of another project's may be others."""
+    return replace(data, mean=distilled.mean, std=distilled.std)
 
 
 def find_teacher(
@@ -296,7 +303,7 @@ def find_teacher(
                 break
     if spec is None:
         named = f"its teacher {name} is not in a teachers/ folder near it" if name else "it names no teacher"
-        raise UserError(f"{path}: {named}; give --teacher FILE, or leave out the rows that need one")
+        raise UserError(f"{path}: {named}; give --teacher FILE, or leave out the rows that need one: --neighbours none")
     read = load_classifier if kind == "soft" else load_teacher
     teacher = read(spec, source, device, args.stem_padding, flag="--teacher")
     known, found = ((of.get("weights_sha256") or of.get("sha256")) for of in (info, teacher.info))
@@ -320,16 +327,17 @@ def entry_of(spec: str, args: Args, device: torch.device) -> Entry:
     constants = {name: torch.tensor(value) for name in ("mean", "std") if (value := getattr(args, name)) is not None}
     words = {"features": FEATURES, "scores": SCORES, None: None}
     distilled = load_any(
-        path, source, form=args.form, space=args.space, experiment=args.experiment, y_is=words[args.y_is],
+        path, source, form=args.in_form, space=args.space, experiment=args.experiment, y_is=words[args.y_is],
         data_dir=args.data_dir, **constants,
     )  # fmt: skip
-    kind = kind_of(distilled) if args.y == "own" else args.y
-    if kind != kind_of(distilled) and "features" in (kind, kind_of(distilled)):
+    own = kind_of(distilled)
+    kind = own if args.y == "own" else args.y
+    if kind != own and own == "features":
         raise UserError(f"{path}: its y are {distilled.y_is}; --y {kind} does not go with that")
-    if kind != kind_of(distilled):  # the classes that the labels are highest for
+    if kind != own:  # the classes that the labels are highest for
         one_hot = torch.nn.functional.one_hot(distilled.y.argmax(1), distilled.y.shape[1]).float()
         distilled = replace(distilled, y=one_hot)
-    get_source = cache(lambda: source if source is not None else source_of(distilled, path, args))
+    get_source = cache(lambda: source_of(distilled, path, args) if source is None else seen_by(distilled, source))
     meta, depth = run_flags(path) | distilled.meta, convnet_depth(distilled.size)
     widths = args.widths or tuple(meta.get("widths") or WIDTHS[depth])
     if len(widths) != depth:
@@ -348,7 +356,7 @@ def entry_of(spec: str, args: Args, device: torch.device) -> Entry:
         device=device,
         widths=widths,
         norm=args.norm or meta.get("norm") or "batch",
-        recipes=recipes_for(distilled, kind, flips, flags),
+        recipes=recipes_for(distilled, own, flips, flags),
         load_source=get_source,
         load_teacher=lambda: find_teacher(distilled, path, kind, get_source(), device, args),
         high_loss=dict(networks=args.high_loss_networks, epochs=args.high_loss_epochs),
@@ -432,7 +440,8 @@ class Targets:
             data = load(name, data_dir=self.args.data_dir, size=distilled.size, resize=rule, channels=colour)
             self.loaded[key] = self.checked(data, name)
             print(f"target: {describe(data)}")
-        return self.loaded[key]
+        data = self.loaded[key]
+        return seen_by(distilled, data) if data.content == entry.source_content else data
 
     def label(self, name: str, entry: Entry) -> str:
         """A target's name in the tables; of several by one name, with the folder."""
@@ -451,7 +460,8 @@ class Targets:
         Whitened images are kept as far as --cache-gb goes for all targets together.
         """
         data = self.data(name, entry)
-        key = (data.content, part, id(entry.distilled.zca))
+        constants = (tuple(data.mean.tolist()), tuple(data.std.tolist()))
+        key = (data.content, data.size, part, id(entry.distilled.zca), constants)
         if key not in self.seen:
             room = self.args.cache_gb - sum(inputs.gigabytes for inputs in self.seen.values())
             self.seen[key] = entry.inputs(data.x_train if part == "train" else data.x_test, data, room)
@@ -809,6 +819,10 @@ def checked(args: Args) -> Args:
                 raise UserError(f"--{group}.{name.replace('_', '-')} {value}: must be above 0")
     if args.scores.loss not in (None, "mse", "xent", "softxent"):
         raise UserError(f"--scores.loss {args.scores.loss}: not one of mse, xent, softxent")
+    if args.table and args.protocol and "finetune" not in args.protocol:
+        raise UserError("--table is of fine-tuned networks; add finetune to --protocol, or leave it out")
+    if args.table and args.models == ("own",):
+        args = replace(args, models=("convnet",))  # KRR-ST's code trains one network for all rows
     if args.ranking and args.protocol and "scratch" not in args.protocol:
         raise UserError("--ranking compares accuracies of protocol scratch; add it to --protocol")
     return args
@@ -880,7 +894,12 @@ def finish(args: Args, folder: Path, device, rows: list[Row], cells: list[Cell],
     """Print and write the results of all cells."""
     results, seconds_of_cells = gathered(cells, folder, targets)
     print()
-    print(krr_st_table(args.table, results, rows) if args.table else tables(results, [row.name for row in rows]))
+    if args.table:
+        print(krr_st_table(args.table, results, rows))
+        results_left = {place: of for place, of in results.items() if place[0] != "finetune"}
+    else:
+        results_left = results
+    print(tables(results_left, [row.name for row in rows]))
     entry = rows[-1].entry
     runs = sorted({row.entry.runs for row in rows})
     caption = (

@@ -57,16 +57,23 @@ def tables(results: Results, rows: list[str]) -> str:
 
 def krr_st_table(number: int, results: Results, rows: list[Row]) -> str:
     """Rows and columns as KRR-ST's table has them; "-" where no set was given for a row, or no target."""
-    sets = [row.name for row in rows if row.facts["row"] == "set"]
-    listed = list(dict.fromkeys([*TABLES[number][2], *(row.name for row in rows if row.name not in sets), *sets]))
-    found = list(dict.fromkeys(target for _, target, _, _ in results))
+    fine = {place: of for place, of in results.items() if place[0] == "finetune"}
+    found = list(dict.fromkeys(target for _, target, _, _ in fine))
     order = TABLES[number][1]
     columns = sorted(found, key=lambda name: order.index(name) if name in order else len(order))
-    words = {name: name for name in listed} | {"none": "w/o pre", "random:labels": "random", "kmeans:labels": "kmeans"}
-    words |= {name: f"{name}, own targets" for name in ("random", "kmeans")}
-    values = {(words[row], target): entry_in_words("finetune", of["finetune"])
-              for (use, target, _, row), of in results.items() if use == "finetune"}  # fmt: skip
-    return grid_of([words[name] for name in listed], columns, values)
+    shown = {"none": "w/o pre", "random:labels": "random", "kmeans:labels": "kmeans"}
+    shown |= {name: f"{name}, own targets" for name in ("random", "kmeans")}
+    words, listed = [row.word for row in rows], TABLES[number][2]
+    lines = {row.name: shown.get(row.word, row.name) if words.count(row.word) == 1 else row.name for row in rows}
+    names = []
+    for word in dict.fromkeys((*listed, *words)):
+        names += [lines[row.name] for row in rows if row.word == word] or [shown.get(word, word)]
+    blocks = []
+    for model in dict.fromkeys(model for _, _, model, _ in fine):
+        values = {(lines[row], target): entry_in_words("finetune", of["finetune"])
+                  for (_, target, each, row), of in fine.items() if each == model}  # fmt: skip
+        blocks.append(f"KRR-ST's Table {number}, {model}\n" + grid_of(names, columns, values))
+    return "\n\n".join(blocks)
 
 
 def ranking_of(results: Results, rows: list[Row]) -> dict[str, dict]:

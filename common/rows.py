@@ -259,6 +259,11 @@ class Row:
     n: int
     storage_bytes: int
     beside: dict[str, "Row"] = field(default_factory=dict)  # of a set: its neighbours by name
+    word: str = ""  # what the row was asked for by, or the set's method: of a table's known rows
+
+    def __post_init__(self):
+        own = self.facts["row"] == "set" and self.kind == self.entry.kind
+        self.word = self.entry.distilled.method if own else self.name
 
     @property
     def out(self) -> int:
@@ -381,7 +386,10 @@ def noise(entry: Entry) -> Callable[[int], tuple[Tensor, Tensor]]:
 
 def chooser(name: str, kind: str, entry: Entry) -> Callable[[int], Tensor]:
     """Number of the network -> indices (n,) of real training images; as many of each class unless of features."""
-    data, balanced = entry.source, kind != "features"
+    data = entry.source
+    balanced = kind != "features" and entry.count % entry.classes == 0
+    if kind != "features" and not balanced:
+        print(f"{name}: {entry.count} images are not equally many of {entry.classes} classes: chosen from all images")
     if name == "random":
         y = data.y_train if balanced else None
         return lambda run: baselines.random_subset(y, len(data.x_train), entry.count, entry.seed, run)
