@@ -39,11 +39,12 @@ from common.baselines import DM, DSA
 from common.data import Data, Inputs, describe, hold_out, load
 from common.exchange import FEATURES, SCORES, load_any
 from common.models import PAIR_NETS, convnet_depth
-from common.pairs import Protocol, finetune, matching_error, summarise
+from common.pairs import Protocol, finetune, matching_error, probes, summarise
 from common.pretrain import train_supervised
 from common.protocols import (
     KINDS,
     LONG,
+    SHARES,
     KdRecipe,
     LabelRecipe,
     distil_knowledge,
@@ -51,7 +52,6 @@ from common.protocols import (
     knn_of,
     neighbours_vote,
     probe,
-    probes_of,
     test_accuracy,
     without_flip,
 )  # fmt: skip
@@ -214,6 +214,10 @@ class Args:
     """of training it"""
     kd_teacher_lr: float = 0.1
     """of training it: SGD, a cosine to zero"""
+    shares: tuple[float, ...] = SHARES
+    """of the labels of each class, for the columns part_... of the probe; none given: without them"""
+    full_epochs: int | None = None
+    """of row all_real:labels on all real images; None: as many updates as the set's networks"""
     knn_k: int = 20
     """neighbours that vote"""
     knn_temperature: float = 0.07
@@ -244,7 +248,8 @@ def run_flags(path: Path) -> dict:
     """The flags of the run that a set lies in, {} for a set by itself."""
     try:
         flags = json.loads((path.parent / "args.json").read_text())
-        return flags if "data" in flags and isinstance(flags["data"], str) else {}
+        own = ("data", "test_fraction", "split_seed", "skip_bad_images", "holdout")
+        return flags if all(name in flags for name in own) and isinstance(flags["data"], str) else {}
     except (OSError, ValueError, TypeError):
         return {}
 
@@ -267,8 +272,8 @@ def source_of(distilled: Distilled | None, path: Path, args: Args) -> Data:
         raise UserError(f"{path}: distilled from {name}, which is not here; give --source FOLDER, or --neighbours none "
                         "and targets by --data")  # fmt: skip
     if flags:
-        options |= {new: flags[old] for new, old in dict(
-            test_fraction="test_fraction", seed="split_seed", skip_bad_images="skip_bad_images").items()}  # fmt: skip
+        options |= dict(test_fraction=flags["test_fraction"], seed=flags["split_seed"])
+        options |= dict(skip_bad_images=flags["skip_bad_images"])
     data = load(name, **options)
     if flags.get("holdout"):
         data = hold_out(data, flags["holdout"], flags["split_seed"])[0]
@@ -361,6 +366,8 @@ def entry_of(spec: str, args: Args, device: torch.device) -> Entry:
         load_teacher=lambda: find_teacher(distilled, path, kind, get_source(), device, args),
         high_loss=dict(networks=args.high_loss_networks, epochs=args.high_loss_epochs),
         matching=matching,
+        folder=Path(args.out_dir) / "sets",
+        full_epochs=args.full_epochs,
         cache_gb=args.cache_gb,
     )  # fmt: skip
 
@@ -558,8 +565,8 @@ def check_networks(entries: list[Entry], args: Args) -> None:
             raise UserError(f"--protocol scratch: {entry.path} has features for targets, which train no classifier: "
                             "take probe, finetune, knn or kd")  # fmt: skip
         for model in models_of(entry, args):
-            with torch.device("meta"):
-                make_network(model, entry, 2)
+            with torch.device("cpu" if model.startswith("timm:") else "meta"), seeded("tried"):
+                make_network(model, entry, 2)  # some of timm's cannot be made without memory
 
 
 def models_of(entry: Entry, args: Args) -> list[str]:
@@ -606,6 +613,7 @@ def facts_of(row: Row, model: str, run: int, use: str, target: str, data: Data, 
     if use in ("probe", "finetune"):
         begins = ("probe", "few") if use == "probe" else ("finetune",)
         facts["transfer"] = {name: value for name, value in asdict(transfer).items() if name.startswith(begins)}
+        facts["transfer"] |= dict(shares=args.shares) if use == "probe" else {}
     if use == "probe" and matched(row, data):
         facts["match"] = entry.teacher_facts
     if use == "knn":
@@ -639,7 +647,7 @@ def score(cell: Cell, net: nn.Module | None, targets: Targets, args: Args) -> di
         f_train, f_test = (entry.teacher.cached_targets(x, data.content, part, device).to(device) for x, part in parts)
         if cell.use == "knn":
             return {"knn": knn_of(f_train, f_test, data, *vote)}
-        return probes_of(lambda index: f_train[index.to(device)], f_test, data, protocol, *key)
+        return probes(lambda index: f_train[index.to(device)], f_test, data, protocol, *key, shares=args.shares)
     if cell.use == "scratch":
         if row.kind == "scores":
             images, y = row.draw(cell.run)
@@ -649,14 +657,26 @@ def score(cell: Cell, net: nn.Module | None, targets: Targets, args: Args) -> di
             return score_student(net, at, y.to(device), inputs("test"), data.y_test, recipe, krr)
         return {"accuracy": test_accuracy(net.eval(), inputs("test"), data.y_test)}
     if cell.use == "probe":
-        scores = probe(net, data, inputs("train"), inputs("test"), protocol, args.cache_gb, *key, embed=embedded)
+        scores = probe(
+            net,
+            data,
+            inputs("train"),
+            inputs("test"),
+            protocol,
+            args.cache_gb,
+            *key,
+            shares=args.shares,
+            embed=embedded,
+        )
         if matched(row, data):
             wanted = entry.teacher.cached_targets(data.x_test, data.content, "test", device)
             with torch.no_grad():
                 scores = {"match": matching_error(net.head(embedded(net, inputs("test"))).cpu(), wanted)} | scores
         return scores
     if cell.use == "knn":
-        return {"knn": neighbours_vote(net, data, inputs("train"), inputs("test"), *vote, embed=embedded)}
+        return {
+            "knn": neighbours_vote(net, data, inputs("train"), inputs("test"), *vote, args.cache_gb, embed=embedded)
+        }
     net = copy.deepcopy(net)
     if cell.use == "finetune":
         return {"finetune": finetune(net, data, device, protocol, *key, prepare=entry.prepare())}
@@ -720,7 +740,8 @@ def work(job: list[Cell], folder: Path, targets: Targets, args: Args, after: Cal
     first, net, began = left[0], None, time.monotonic()
     row = first.row
     path = folder / "networks" / f"{network_key(first)}.safetensors"
-    if row.kind != "teacher":
+    untrained = row.facts["row"] == "gaussian" and all(cell.use == "kd" for cell in left)
+    if row.kind != "teacher" and not untrained:
         net = load_network(path, first) if path.exists() else None
         if net is None:
             net = trained(row, first.model, first.run)
@@ -835,7 +856,7 @@ def begin(args: Args, entry: Entry, device: torch.device) -> Path:
         folder = new_folder(Path(args.out_dir), f"{entry.distilled.data}__evaluate__{entry.seed}")
     elif not folder.is_dir():
         raise UserError(f"--resume {folder}: no such folder; name one of an evaluation")
-    for part in ("cells", "networks", "sets"):
+    for part in ("cells", "networks"):
         (folder / part).mkdir(exist_ok=True)
     for left in folder.rglob(".*.tmp"):  # of a write that was killed
         left.unlink()
@@ -848,6 +869,8 @@ def begin(args: Args, entry: Entry, device: torch.device) -> Path:
 def main(args: Args) -> dict:
     """Score the sets, print the tables, return what result.json holds. Raises UserError for bad input."""
     if args.report:
+        if args.artefacts or args.resume:
+            raise UserError("--report: writes about run folders and scores nothing; leave the sets and --resume out")
         page = write_report([Path(folder) for folder in args.report], None, Path(args.data_dir))
         print(f"report: {page}")
         return dict(report=str(page))
@@ -864,20 +887,17 @@ def main(args: Args) -> dict:
     if first:
         folder = begin(args, entries[0], device)
         for row in rows:
-            row.entry.folder = folder / "sets"
-            if row.facts["row"] in baselines.MATCHED:
-                row.draw(0)
+            if row.facts["row"] in (*baselines.MATCHED, "high_loss"):
+                row.draw(0)  # what takes long and is kept in --out-dir
         processes.wait()
     folder = Path(processes.from_first(str(folder)))
-    for row in rows:
-        row.entry.folder = folder / "sets"
     done = sum(read_cell(folder, cell) is not None for cell in cells)
     print(f"table: {len(rows)} rows, {len(cells)} cells" + (f", {done} finished before" if done else ""))
     bar = tqdm(total=len(cells), initial=done, desc="cells", mininterval=1, dynamic_ncols=True, disable=not first)
 
     def after(cell: Cell) -> None:
-        finished = sum(read_cell(folder, each) is not None for each in cells) if processes.count > 1 else bar.n + 1
-        bar.update(finished - bar.n)
+        there = {path.name for path in (folder / "cells").iterdir()} if processes.count > 1 else set()
+        bar.update(sum(each.file in there for each in cells) - bar.n if there else 1)
 
     for job in jobs_of(cells)[processes.rank :: processes.count]:
         bar.set_postfix_str(f"{job[0].row.name} {job[0].model} {job[0].run}")
@@ -895,6 +915,10 @@ def finish(args: Args, folder: Path, device, rows: list[Row], cells: list[Cell],
     results, seconds_of_cells = gathered(cells, folder, targets)
     print()
     if args.table:
+        if others := {row.entry.distilled.data for row in rows} - {TABLES[args.table][0]}:
+            print(
+                f"KRR-ST's Table {args.table} is of sets of {TABLES[args.table][0]}, this one also of {', '.join(others)}"
+            )
         print(krr_st_table(args.table, results, rows))
         results_left = {place: of for place, of in results.items() if place[0] != "finetune"}
     else:
@@ -913,11 +937,12 @@ def finish(args: Args, folder: Path, device, rows: list[Row], cells: list[Cell],
         measures = [
             f"{what.replace('_', ' ')} {100 * v['mean']:.1f} ± {100 * v['se_networks']:.1f}" for what, v in of.items()
         ]
-        print(f"{name}: {', '.join(measures)} (standard errors)")
+        length = f"{args.full_epochs} epochs" if args.full_epochs else "as many updates as on the set"
+        print(f"{name}: {', '.join(measures)} (standard errors; all real data: {length})")
     result = dict(
         method="evaluate",
-        data=entry.distilled.data,
-        kind=entry.kind,
+        data=" ".join(dict.fromkeys(row.entry.distilled.data for row in rows)),
+        kind=" ".join(dict.fromkeys(row.entry.kind for row in rows)),
         cells=[
             dict(row=row, target=target, protocol=use, model=model, metric=metric) | of
             for (use, target, model, row), measures in results.items()

@@ -45,6 +45,7 @@ KNOWN = "x_syn.pt and y_syn.pt; images_*.pt and labels_*.pt; images.pt and label
 KNOWN += "with a 'data' list; one .npz; one .safetensors"
 SPACES = ("normalised", "pixels", "whitened")
 FEATURES, SCORES, LABELS = "teacher features", "class scores", "class labels"  # what y is
+READ = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")  # by content: others start programs of their own
 GRID = 2.0**32  # unwhitened pixels are multiples of 1 / GRID: see `unwhiten`
 # metadata that save_distilled writes by itself
 OWN = {"format", "method", "data", "content", "y_is", "class_names", "resize", "channels", "num_images", "step", "seed"}
@@ -381,7 +382,7 @@ def read_folder(path: Path, source: Data) -> tuple:
 def read_image(path: Path, source: Data) -> Tensor:
     """(C, S, S) uint8. Raises UserError for what is no 8-bit image of the source's size and colours."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=READ) as image:
             if image.size != (source.size, source.size):
                 size = "x".join(map(str, image.size))
                 raise UserError(

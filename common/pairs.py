@@ -150,17 +150,20 @@ def finetune(
     return accuracy(scores, data.y_test)
 
 
-def probes(features, f_test: Tensor, data: Data, protocol: Protocol, *key) -> dict[str, float | list[float]]:
-    """probe, few_5 and few_1 (one value a draw) of frozen features.
+def probes(
+    features, f_test: Tensor, data: Data, protocol: Protocol, *key, shares: tuple[float, ...] = ()
+) -> dict[str, float | list[float]]:
+    """probe, few_5 and few_1 (one value a draw) of frozen features, and part_5 for a share 0.05 of the labels.
 
     features: index (B,) of training images -> (B, d), on the device of f_test (N, d).
     """
     scores = {"probe": linear_probe(features, data, f_test, protocol, *key)}
-    for k in (5, 1):
-        scores[f"few_{k}"] = []
+    for k in (5, 1, *shares):
+        name = f"few_{k}" if k >= 1 else f"part_{100 * k:g}"
+        scores[name] = []
         for draw in few_label_draws(data.y_train, k, protocol.few_draws, *key):  # (n,), one at a time: they are large
             labelled = features(draw)[None], data.y_train[draw].to(f_test.device)[None]
-            scores[f"few_{k}"] += few_label_probe(*labelled, f_test, data.y_test, data.num_classes, protocol.few_ridge)
+            scores[name] += few_label_probe(*labelled, f_test, data.y_test, data.num_classes, protocol.few_ridge)
     return scores
 
 

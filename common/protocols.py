@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from common.augment import dsa, upload
 from common.data import Data, Inputs
-from common.pairs import Protocol, accuracy, few_label_draws, few_label_probe, linear_probe
+from common.pairs import Protocol, accuracy, probes
 from common.pretrain import knn_accuracy
 from common.run import UserError, rng, seeded
 from common.students import epoch_order
@@ -33,6 +33,7 @@ from common.students import epoch_order
 KINDS = ("features", "scores", "labels", "soft")
 USES = ("scratch", "probe", "finetune", "knn", "kd")
 DSA_OF_DC = "color_crop_cutout_flip_scale_rotate"
+SHARES = (0.05, 0.01)  # of the labels, MKDT's
 CHUNK = 512  # images of a forward pass while scoring, as in common/pairs.py
 LONG = ("cifar10", "cifar100", "tiny_imagenet")  # targets that KRR-ST's code fine-tunes on for 10,000 steps
 
@@ -119,12 +120,20 @@ def test_accuracy(net: nn.Module, test: Inputs, y_test: Tensor) -> float:
 
 
 def probe(
-    net: nn.Module, data: Data, train: Inputs, test: Inputs, protocol: Protocol, cache_gb: float, *key, embed=embed
+    net: nn.Module,
+    data: Data,
+    train: Inputs,
+    test: Inputs,
+    protocol: Protocol,
+    cache_gb: float,
+    *key,
+    shares: tuple[float, ...] = SHARES,
+    embed=embed,
 ) -> dict[str, float | list[float]]:
     """Accuracies of linear classifiers on frozen features of data's images.
 
-    probe: by SGD, with all labels; few_5, few_1: closed form, with 5 and 1 labels a class; part_5, part_1: with 5 and
-    1 per cent of each class (Evaluate's departure 2: MKDT, arXiv:2410.02116, fits them by L-BFGS), one value a draw.
+    probe: by SGD, with all labels; few_5, few_1: closed form, with 5 and 1 labels a class; part_5, part_1: with these
+    shares of each class (Evaluate's departure 2: MKDT, arXiv:2410.02116, fits them by L-BFGS), one value a draw.
     train, test: the network inputs of data. cache_gb: features of the training set are kept up to this.
     embed: as the function of that name, or one that remembers.
     """
@@ -135,25 +144,26 @@ def probe(
         features = lambda index: f_train[upload(index, f_train.device)]  # noqa: E731
     else:
         features = lambda index: embed(net, train, index)  # noqa: E731
-    return probes_of(features, f_test, data, protocol, *key)
-
-
-def probes_of(features, f_test: Tensor, data: Data, protocol: Protocol, *key) -> dict[str, float | list[float]]:
-    """See `probe`. features: index (B,) of training images -> (B, d), on the device of f_test (N, d)."""
-    scores = {"probe": linear_probe(features, data, f_test, protocol, *key)}
-    for name, share in (("few_5", 5), ("few_1", 1), ("part_5", 0.05), ("part_1", 0.01)):
-        scores[name] = []
-        for draw in few_label_draws(data.y_train, share, protocol.few_draws, *key):
-            labelled = features(draw)[None], data.y_train[draw].to(f_test.device)[None]
-            scores[name] += few_label_probe(*labelled, f_test, data.y_test, data.num_classes, protocol.few_ridge)
-    return scores
+    return probes(features, f_test, data, protocol, *key, shares=shares)
 
 
 def neighbours_vote(
-    net: nn.Module, data: Data, train: Inputs, test: Inputs, k: int, temperature: float, embed=embed
+    net: nn.Module,
+    data: Data,
+    train: Inputs,
+    test: Inputs,
+    k: int,
+    temperature: float,
+    cache_gb: float = 4.0,
+    embed=embed,
 ) -> float:
-    """Accuracy of k training images voting by exp(cosine / temperature) (Wu et al. 2018, arXiv:1805.01978)."""
+    """Accuracy of k training images voting by exp(cosine / temperature) (Wu et al. 2018, arXiv:1805.01978).
+
+    Raises UserError where their features would take more than cache_gb.
+    """
     net.eval()
+    if (needed := 2 * len(train) * net.dim * 4 / 1e9) > cache_gb:  # they are scaled to length 1 beside
+        raise UserError(f"--protocol knn: features of {len(train)} images take {needed:.1f} GB; raise --cache-gb")
     return knn_of(embed(net, train), embed(net, test), data, k, temperature)
 
 

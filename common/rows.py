@@ -20,7 +20,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 
 import torch
@@ -38,7 +38,7 @@ from common.models import RESNETS, ConvNet, ResNet, convnet_depth, frepo_student
 from common.pairs import Protocol
 from common.protocols import LabelRecipe, fit_labels, without_flip
 from common.relabel import SoftRecipe, StoredLabels, digest, net_digest, post_train, views_key
-from common.run import UserError, seeded, write_atomic
+from common.run import UserError, rng, seeded, write_atomic
 from common.students import STEPS, Recipe, fit_student, student_steps
 from common.teacher import Rescale, Teacher, classifier
 
@@ -70,7 +70,8 @@ class Entry:
     high_loss: dict  # networks, epochs
     matching: dict[str, baselines.DM | baselines.DSA]
     cache_gb: float
-    folder: Path = Path("sets")  # where sets that are made here are kept
+    folder: Path  # where sets that are made here are kept
+    full_epochs: int | None = None  # of networks trained on all real images with hard labels
     uses: Protocol = field(default_factory=Protocol)  # probes and fine-tuning, of all sets of a table alike
     uses_at: set[str | None] = field(
         default_factory=set
@@ -288,7 +289,9 @@ def own_row(entry: Entry, kind: str | None = None) -> Row:
         raise UserError(f"{entry.name}:{kind}: the set has {distilled.y_is}; only labels can be made of class scores")
     inputs = distilled.x if kind == "soft" else distilled.inputs()
     name = entry.name if kind == entry.kind else f"{entry.name}:{kind}"
+    stored = entry.path.parent / "labels.safetensors"  # other labels, where they are there: see fit_soft
     facts = dict(row="set", set=digest(distilled.inputs(), distilled.y), kind=kind)
+    facts |= dict(stored=kind == "soft" and stored.exists() and stored.stat().st_size)
     size = distilled.meta.get("storage_bytes", distilled.x.nbytes + distilled.y.nbytes)
     size += distilled.meta.get("label_bytes", 0) + distilled.meta.get("zca_bytes", 0)
     plain = lambda run: normalise(distilled.x, distilled.mean, distilled.std)  # noqa: E731
@@ -311,7 +314,8 @@ def neighbour(word: str, entry: Entry) -> Row:
     source = entry.source
     facts |= dict(n=entry.count, source=source.content, constants=[source.mean.tolist(), source.std.tolist()])
     if kind != "features" and not source.labelled:
-        raise UserError(f"--neighbours {word}: {source.name} has no labels; give {name}:features")
+        way = "leave it out" if name in baselines.MATCHED else f"give {name}:features"
+        raise UserError(f"--neighbours {word}: {source.name} has no labels; {way}")
     if kind == "soft":
         facts |= dict(seen_by=[entry.distilled.mean.tolist(), entry.distilled.std.tolist()])
     if kind in ("features", "soft") or name in ("kmeans", "herding", "teacher"):
@@ -321,6 +325,7 @@ def neighbour(word: str, entry: Entry) -> Row:
     image, total = source.x_train[0].numel(), len(source.x_train)
     width = entry.teacher.dim if kind == "features" else entry.classes if kind == "scores" else 2  # a label: 8 bytes
     if name == "all_real":
+        facts |= dict(full_epochs=entry.full_epochs if kind == "labels" else None)
 
         @lru_cache(maxsize=1)
         def everything() -> tuple[Tensor | Inputs, Tensor]:
@@ -388,11 +393,14 @@ def chooser(name: str, kind: str, entry: Entry) -> Callable[[int], Tensor]:
     """Number of the network -> indices (n,) of real training images; as many of each class unless of features."""
     data = entry.source
     balanced = kind != "features" and entry.count % entry.classes == 0
-    if kind != "features" and not balanced:
-        print(f"{name}: {entry.count} images are not equally many of {entry.classes} classes: chosen from all images")
     if name == "random":
+        if kind != "features" and not balanced:
+            return lambda run: as_many_of_each(entry, run)
         y = data.y_train if balanced else None
         return lambda run: baselines.random_subset(y, len(data.x_train), entry.count, entry.seed, run)
+
+    if kind != "features" and not balanced:
+        print(f"{name}: {entry.count} images are not equally many of {entry.classes} classes: chosen from all images")
 
     @lru_cache(maxsize=1)
     def fixed() -> tuple[Tensor | None, Tensor | None]:
@@ -404,13 +412,41 @@ def chooser(name: str, kind: str, entry: Entry) -> Callable[[int], Tensor]:
             y = entry.targets if kind == "features" else data.y_train
             out = entry.targets.shape[1] if kind == "features" else data.num_classes
             make = lambda: ConvNet(data.channels, data.size, out, entry.widths, entry.norm)  # noqa: E731
-            losses = baselines.real_losses(data.x_train, y, data, make, entry.device, entry.seed, **entry.high_loss)
+            settings = [kind, entry.teacher_facts if kind == "features" else None, entry.widths, entry.norm]
+            settings += [data.content, data.mean.tolist(), data.std.tolist(), entry.seed, entry.high_loss]
+            losses = kept_file(entry.folder, "high_loss", settings, lambda: baselines.real_losses(
+                data.x_train, y, data, make, entry.device, entry.seed, **entry.high_loss))  # fmt: skip
         return features, losses
 
-    def choose(run: int) -> Tensor:
-        return baselines.subset_of(name, data, entry.count, balanced, *fixed(), entry.seed, run)
+    if name.startswith("kmeans"):  # anew for every network
+        return lambda run: baselines.subset_of(name, data, entry.count, balanced, *fixed(), entry.seed, run)
+    once = cache(lambda: baselines.subset_of(name, data, entry.count, balanced, *fixed(), entry.seed))
+    return lambda run: once()
 
-    return choose
+
+def as_many_of_each(entry: Entry, run: int) -> Tensor:
+    """Indices (n,) of random training images, as many of each class as the set has, which are not equally many."""
+    y, wanted = entry.source.y_train, entry.distilled.y.argmax(1).bincount(minlength=entry.classes)
+    order = torch.randperm(len(y), generator=rng("random real", entry.seed, run))
+    chosen = [order[y[order] == label][:most] for label, most in enumerate(wanted.tolist())]
+    if lacking := [label for label, most in enumerate(wanted.tolist()) if len(chosen[label]) < most]:
+        raise UserError(f"random: {entry.source.name} has fewer images of class {lacking[0]} than {entry.name}")
+    return torch.cat(chosen)
+
+
+def kept_file(folder: Path, name: str, facts: list | dict, make: Callable[[], Tensor]) -> Tensor:
+    """The tensor that `make` returns, from a file of the folder where it was made by the same facts before."""
+    key = json.dumps(facts, sort_keys=True)
+    path = folder / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.safetensors"
+    try:
+        return load_file(path)["x"]
+    except (OSError, SafetensorError, KeyError):  # none yet
+        pass
+    began, x = time.monotonic(), make()
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, lambda tmp: save_file({"x": x.contiguous()}, tmp, metadata={"facts": key}))
+    print(f"{name}: made in {time.monotonic() - began:.0f} s, kept in {path}")
+    return x
 
 
 def made(name: str, entry: Entry) -> Callable[[int], tuple[Tensor, Tensor]]:
@@ -420,28 +456,18 @@ def made(name: str, entry: Entry) -> Callable[[int], tuple[Tensor, Tensor]]:
     facts = dict(settings=asdict(settings), ipc=ipc, seed=entry.seed, content=data.content)
     facts |= dict(constants=[data.mean.tolist(), data.std.tolist()])
 
-    @lru_cache(maxsize=1)
-    def get() -> tuple[Tensor, Tensor]:
-        y = torch.arange(entry.classes).repeat_interleave(ipc)
-        key = json.dumps(facts, sort_keys=True)
-        path = entry.folder / f"{name}-{ipc}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.safetensors"
-        try:
-            return load_file(path)["x"], y
-        except (OSError, SafetensorError, KeyError):  # none yet
-            pass
-        began = time.monotonic()
+    def distil() -> Tensor:
         with tqdm(total=settings.iterations, desc=name, leave=False, mininterval=1, dynamic_ncols=True) as bar:
 
             def after(done: int, loss: float) -> None:
                 bar.update(done - bar.n)
                 bar.set_postfix_str(f"loss {loss:.4g}")
 
-            x = method(data, ipc, entry.device, settings, entry.seed, after=after)
-        write_atomic(path, lambda tmp: save_file({"x": x.contiguous()}, tmp, metadata={"facts": key}))
-        print(f"{name}: {len(x)} images distilled in {time.monotonic() - began:.0f} s into {path}")
-        return x, y
+            return method(data, ipc, entry.device, settings, entry.seed, after=after)
 
-    return lambda run: get()
+    y = torch.arange(entry.classes).repeat_interleave(ipc)
+    get = cache(lambda: kept_file(entry.folder, f"{name}-{ipc}", facts, distil))
+    return lambda run: (get(), y)
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -480,6 +506,8 @@ def trained(row: Row, model: str, run: int) -> nn.Module:
             fit_student(net, at, y.to(device), recipe, seed, run)
         else:
             steps = recipe.epochs * -(-entry.n // recipe.batch)
+            if row.facts["row"] == "all_real" and entry.full_epochs:
+                steps = entry.full_epochs * -(-len(y) // recipe.batch)
             fit_labels(net, at, y.to(device), recipe, steps, seed, run)
     return net
 
