@@ -915,10 +915,9 @@ def finish(args: Args, folder: Path, device, rows: list[Row], cells: list[Cell],
     results, seconds_of_cells = gathered(cells, folder, targets)
     print()
     if args.table:
-        if others := {row.entry.distilled.data for row in rows} - {TABLES[args.table][0]}:
-            print(
-                f"KRR-ST's Table {args.table} is of sets of {TABLES[args.table][0]}, this one also of {', '.join(others)}"
-            )
+        published = TABLES[args.table][0]
+        if others := {row.entry.distilled.data for row in rows} - {published}:
+            print(f"KRR-ST's Table {args.table} is of sets of {published}, this one of {', '.join(sorted(others))}")
         print(krr_st_table(args.table, results, rows))
         results_left = {place: of for place, of in results.items() if place[0] != "finetune"}
     else:
