@@ -623,11 +623,51 @@ def cell_tables(run: dict) -> str:
         out.append(table(["", *map(plain, head)], lines, caption))
     if facts:
         facts = {name: row if isinstance(row, dict) else {"": row} for name, row in facts.items()}
-        keys = list(dict.fromkeys(key for row in facts.values() for key in row))
+        keys = dict.fromkeys(key for row in facts.values() for key in row)
+        keys = [key for key in keys if not any(isinstance(row.get(key), dict) for row in facts.values())]
         words = {name: {k: short(value_words(value)) for k, value in row.items()} for name, row in facts.items()}
         lines = [(plain(name), [row.get(key, "-") for key in keys]) for name, row in words.items()]
         out.append(table(["row", *map(plain, keys)], lines, "What the rows are."))
+        nested = {name: {key: row[key] for key in row if key not in keys} for name, row in facts.items()}
+        text = esc(json.dumps({name: of for name, of in nested.items() if of}, indent=1))
+        out.append(f"<details><summary>Schedules and teachers of the rows</summary><pre>{text}</pre></details>")
+    out.append(differences(result))
     return "".join(out) or note("There are no cells: nothing was scored.")
+
+
+def differences(result: dict) -> str:
+    """What the evaluator compared network by network: sets to random images, and DD-Ranking's two measures."""
+    out, paired = [], result.get("minus_random")
+    lines = [
+        (
+            ", ".join(plain(pair.get(key, "")) for key in ("row", "protocol", "target", "model", "metric")),
+            [signed(pair)],
+        )
+        for pair in (paired if is_list(paired) else [])
+        if isinstance(pair, dict)
+    ]
+    if lines:
+        out.append(table(["minus the random row, paired", ""], lines, "Mean ± standard error over networks."))
+    ranking = result.get("ranking")
+    lines = [
+        (f"{plain(name)}: {plain(what)}", [signed({**pair, "metric": "accuracy"})])
+        for name, measures in (ranking.items() if isinstance(ranking, dict) else ())
+        for what, pair in (measures.items() if isinstance(measures, dict) else ())
+        if isinstance(pair, dict)
+    ]
+    if lines:
+        words = "In points of accuracy, mean ± standard error over networks; of recovery less is better."
+        out.append(table(["hard labels and random images", ""], lines, words))
+    return "".join(out)
+
+
+def signed(pair: dict) -> str:
+    """A paired difference with its standard error over networks: points of accuracy, or of the matching error."""
+    mean, se = pair.get("mean"), pair.get("se_networks")
+    if not isinstance(mean, (int, float)) or not isinstance(se, (int, float)):
+        return "-"
+    scale, digits = (100, 1) if in_per_cent(str(pair.get("metric"))) else (1, 3)
+    return f"{scale * mean:+.{digits}f} ± {scale * se:.{digits}f}"
 
 
 def cost(run: dict) -> str:
