@@ -394,7 +394,7 @@ def chooser(name: str, kind: str, entry: Entry) -> Callable[[int], Tensor]:
     data = entry.source
     balanced = kind != "features" and entry.count % entry.classes == 0
     if name == "random":
-        if kind != "features" and not balanced:
+        if kind != "features" and entry.kind != "features" and not balanced:
             return lambda run: as_many_of_each(entry, run)
         y = data.y_train if balanced else None
         return lambda run: baselines.random_subset(y, len(data.x_train), entry.count, entry.seed, run)
