@@ -35,6 +35,7 @@ from tqdm import tqdm
 import kernels
 from common import baselines
 from common.artefact import Distilled
+from common.augment import dsa_strategy
 from common.baselines import DM, DSA
 from common.data import Data, Inputs, describe, hold_out, load
 from common.exchange import FEATURES, SCORES, load_any
@@ -55,7 +56,7 @@ from common.protocols import (
     test_accuracy,
     without_flip,
 )  # fmt: skip
-from common.relabel import SoftRecipe, net_digest
+from common.relabel import SoftRecipe, check_recipe, net_digest
 from common.report import command, write_report
 from common.results import FULL, RANKED, TABLES, Results, against_random, krr_st_table, ranking_of, tables
 from common.rows import (
@@ -487,9 +488,13 @@ class Targets:
         return self.features[network, id(images)]
 
     def classifier(self, name: str, entry: Entry) -> tuple[nn.Module, dict]:
-        """Images by the set's constants -> logits of the target's classes, and what it is; trained if none is named."""
-        data, args, constants = self.data(name, entry), self.args, (entry.distilled.mean, entry.distilled.std)
-        key = (data.content, data.size, *(tuple(part.tolist()) for part in constants))
+        """Normalised images -> logits of the target's classes, and what it is; trained if none is named.
+
+        Normalised by the target's constants, as the student is tested; it is taught on the set's images by the set's,
+        both see the same (KRR-ST's code).
+        """
+        data, args = self.data(name, entry), self.args
+        key = (data.content, data.size, tuple(data.mean.tolist()), tuple(data.std.tolist()))
         if key not in self.teachers:
             if args.kd_teacher == "train":
                 stem = "pad" if data.size < 48 else "resized"
@@ -500,7 +505,7 @@ class Targets:
                 )  # fmt: skip
             else:
                 teacher = load_classifier(args.kd_teacher, data, self.device, args.stem_padding, flag="--kd-teacher")
-            rescale = Rescale(*constants, teacher)  # Evaluate's departure 1: published is the same tensor for both
+            rescale = Rescale(data.mean, data.std, teacher)  # a file's teacher may have other constants
             net = nn.Sequential(rescale, classifier(teacher, teacher.fc)).to(self.device).eval()
             facts = dict(name=teacher.name, weights=net_digest(net), accuracy=teacher.info.get("accuracy"))
             self.teachers[key] = net, facts
@@ -559,11 +564,14 @@ def transfer_of(row: Row, data: Data, args: Args) -> Protocol:
 
 
 def check_networks(entries: list[Entry], args: Args) -> None:
-    """Raises UserError for a network that does not exist or cannot take the images, and for scratch without labels."""
+    """Raises UserError for networks and schedules that cannot be, and for scratch without labels."""
     for entry in entries:
         if "scratch" in args.protocol and entry.kind == "features":
             raise UserError(f"--protocol scratch: {entry.path} has features for targets, which train no classifier: "
                             "take probe, finetune, knn or kd")  # fmt: skip
+        for strategy, strengths in {(of.dsa, of.strengths) for of in (entry.recipes["scores"], args.labels, args.kd)}:
+            dsa_strategy(strategy, strengths)
+        check_recipe(entry.recipes["soft"])
         for model in models_of(entry, args):
             with torch.device("cpu" if model.startswith("timm:") else "meta"), seeded("tried"):
                 make_network(model, entry, 2)  # some of timm's cannot be made without memory

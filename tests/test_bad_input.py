@@ -181,8 +181,10 @@ class Script:
         return folder
 
 
-SLOW = {  # isa.py differs from frepo.py by the loss alone: test_frepo.py; for boost_pca.py see test_boost_pca.py
+SLOW = {  # what all scripts share is tried by the first of them
+    "frepo": [pytest.mark.slow],
     "isa": [pytest.mark.slow],
+    "scdd": [pytest.mark.slow],
     "boost_pca": [pytest.mark.slow],
 }
 

@@ -1271,6 +1271,7 @@ def only(ended) -> str:
     return lines[0]
 
 
+@pytest.mark.slow
 def test_a_bad_command(tmp_path, made):
     words = ("--neighbours", "foo", "--out-dir", tmp_path, "--device", "cpu")
     assert "--neighbours foo: not one of none, gaussian" in only(command(made("krr_st")[0], *words))

@@ -156,7 +156,7 @@ SCRIPTS = {
     "scdd supervised": (scdd, {key: value for key, value in SCDD.items() if not key.startswith("teacher_")}
                         | dict(teacher_method="supervised", labels="stored", published_metric=True, full_row=True)),
 }  # fmt: skip
-SLOW = {"boost_pca", "plain pairs", "isa", "scdd supervised"}
+SLOW = {"boost_pca", "plain pairs", "frepo", "isa", "scdd", "scdd supervised"}
 
 
 @pytest.mark.parametrize(
@@ -167,7 +167,8 @@ def test_no_script_looks_at_test_labels(tmp_path, name):
     assert_alike(*twice(tmp_path, script, **flags))
 
 
-@pytest.mark.parametrize("script", [frepo, pytest.param(isa, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("script", [frepo, isa])
 def test_the_best_step_of_held_out_images(tmp_path, capsys, script):
     """--select best with --holdout: by training images that were held out, and it says so."""
     flags = POOL | STUDENTS | dict(select="best", eval_every=1, steps=4, holdout=0.2, lr_img=0.1)
