@@ -488,10 +488,10 @@ class Targets:
         return self.features[network, id(images)]
 
     def classifier(self, name: str, entry: Entry) -> tuple[nn.Module, dict]:
-        """Normalised images -> logits of the target's classes, and what it is; trained if none is named.
+        """Images by the target's constants -> logits of its classes, and what it is; trained if none is named.
 
-        Normalised by the target's constants, as the student is tested; it is taught on the set's images by the set's,
-        both see the same (KRR-ST's code).
+        What the set's images are normalised by makes no difference here: student and teacher see the same numbers
+        (KRR-ST's code), and the student is tested on numbers that the teacher was trained on.
         """
         data, args = self.data(name, entry), self.args
         key = (data.content, data.size, tuple(data.mean.tolist()), tuple(data.std.tolist()))

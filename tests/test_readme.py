@@ -408,7 +408,7 @@ def evaluated_table(*names: str) -> str:
             scores = cells[target, row]
             texts = ["-" if m not in scores else (error if m == "match" else percent)(scores[m]) for m in columns]
             lines.append(f"| {target} | {ROW_WORDS[row]} | " + " | ".join(texts) + " |")
-    minutes = sum(r["seconds"] for r in results) / 60
+    minutes = sum(r["seconds_of_cells"] for r in results) / 60
     return "\n".join(lines) + f"\n\n{minutes:.0f} minutes, {max(r['peak_memory_bytes'] for r in results) / 1e9:.1f} GB."
 
 
@@ -633,6 +633,30 @@ def test_a_step_of_codes_costs_less_than_the_twins():
     """The aim of boost_pca.py: 1.5 times less, in either shape."""
     rows = [row for row in of("boost_pca", "speed.json")["rows"] if row["variant"] == "default"]
     assert len(rows) == 2 and all(row["times_less"] > 1.5 for row in rows)
+
+
+def test_what_is_said_of_transfer():
+    """The claims of the evaluator's tables: every one has its neighbours; what helps and what does not."""
+    for name in ("digits", "cifar100_reduced", "tiny_reduced"):
+        rows = {cell["row"] for cell in of("evaluate", f"{name}.json")["cells"]}
+        assert rows >= {"none", "random", "kmeans", "krr_st"}, name
+    gains = {
+        (d["target"], d["metric"]): d for d in of("evaluate", "digits.json")["minus_random"] if d["row"] == "krr_st"
+    }
+    assert gains["digits", "few_1"]["mean"] > 2 * gains["digits", "few_1"]["se_networks"]
+    of_cifar = of("evaluate", "cifar100_reduced.json")
+    mean = {(c["target"], c["row"], c["metric"]): c["mean"] for c in of_cifar["cells"]}
+    for target in ("cifar10", "cub100_64", "flowers17_64"):
+        assert mean[target, "krr_st", "finetune"] < mean[target, "random", "finetune"]
+        assert mean[target, "random:labels", "finetune"] == max(
+            of for (t, _, m), of in mean.items() if (t, m) == (target, "finetune")
+        )
+    labels = of("evaluate", "digits_labels.json")
+    mean = {(c["row"], c["model"]): c["mean"] for c in labels["cells"] if c["metric"] == "accuracy"}
+    for model in ("frepo_conv", "convnet"):
+        assert mean["frepo", model] == max(
+            of for (row, m), of in mean.items() if m == model and row != "all_real:labels"
+        )
 
 
 def test_a_step_costs_less_than_the_twins():
