@@ -633,6 +633,7 @@ def test_the_curve_survives_a_stop(out_dir, monkeypatch):
     assert [step for step, _ in common.run.load_checkpoint(folder / "checkpoint.pt")["history"]] == list(range(1, 13))
 
 
+@pytest.mark.slow
 def test_a_stop_in_an_evaluation_of_the_curve_goes_on_with_it(out_dir, tmp_path, monkeypatch):
     """The evaluation at step 5 is stopped: nothing of the five steps is lost, and the curve has its point."""
     flags = dict(eval_every=5, save_every=100)

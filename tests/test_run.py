@@ -311,7 +311,9 @@ def go_on(process) -> None:
     process.stdin.flush()
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+)
 def test_a_signal_finishes_the_step_saves_and_prints_the_command_that_goes_on(toy, tmp_path, number, code):
     process = toy()
     until(process, "data"), go_on(process)

@@ -859,7 +859,7 @@ FAST = dict(moco3=dict(epochs=6), swav=dict(epochs=6), dino=dict(epochs=8))
 LEAST_SOON = dict(moco3=0.1, swav=0.15, dino=0.06)
 
 
-@pytest.mark.parametrize("method", FAST)
+@pytest.mark.parametrize("method", ["moco3", *(pytest.param(m, marks=pytest.mark.slow) for m in ("swav", "dino"))])
 def test_methods_learn_digits_soon(digits, capsys, tmp_path, method):
     """The same of a few epochs and width 8."""
     teacher, losses, entropies, start = train_recorded(method, digits, tmp_path, 8, **FAST[method])
