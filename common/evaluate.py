@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, make_dataclass, replace
 from datetime import timedelta
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -526,7 +526,7 @@ class Cell:
     target: str  # as --data names it, "" for the source
     facts: dict  # all that its scores depend on
 
-    @property
+    @cached_property
     def key(self) -> str:
         return hashlib.sha256(json.dumps(self.facts, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -665,26 +665,16 @@ def score(cell: Cell, net: nn.Module | None, targets: Targets, args: Args) -> di
             return score_student(net, at, y.to(device), inputs("test"), data.y_test, recipe, krr)
         return {"accuracy": test_accuracy(net.eval(), inputs("test"), data.y_test)}
     if cell.use == "probe":
-        scores = probe(
-            net,
-            data,
-            inputs("train"),
-            inputs("test"),
-            protocol,
-            args.cache_gb,
-            *key,
-            shares=args.shares,
-            embed=embedded,
-        )
+        both, options = (inputs("train"), inputs("test")), dict(shares=args.shares, embed=embedded)
+        scores = probe(net, data, *both, protocol, args.cache_gb, *key, **options)
         if matched(row, data):
             wanted = entry.teacher.cached_targets(data.x_test, data.content, "test", device)
             with torch.no_grad():
                 scores = {"match": matching_error(net.head(embedded(net, inputs("test"))).cpu(), wanted)} | scores
         return scores
     if cell.use == "knn":
-        return {
-            "knn": neighbours_vote(net, data, inputs("train"), inputs("test"), *vote, args.cache_gb, embed=embedded)
-        }
+        both = inputs("train"), inputs("test")
+        return {"knn": neighbours_vote(net, data, *both, *vote, args.cache_gb, embed=embedded)}
     net = copy.deepcopy(net)
     if cell.use == "finetune":
         return {"finetune": finetune(net, data, device, protocol, *key, prepare=entry.prepare())}
@@ -927,25 +917,21 @@ def finish(args: Args, folder: Path, device, rows: list[Row], cells: list[Cell],
         if others := {row.entry.distilled.data for row in rows} - {published}:
             print(f"KRR-ST's Table {args.table} is of sets of {published}, this one of {', '.join(sorted(others))}")
         print(krr_st_table(args.table, results, rows))
-        results_left = {place: of for place, of in results.items() if place[0] != "finetune"}
-    else:
-        results_left = results
-    print(tables(results_left, [row.name for row in rows]))
+    shown = {place: of for place, of in results.items() if not (args.table and place[0] == "finetune")}
+    if shown:
+        print(tables(shown, [row.name for row in rows]))
     entry = rows[-1].entry
-    runs = sorted({row.entry.runs for row in rows})
-    caption = (
-        f"mean ± sample std over {' or '.join(map(str, runs))} networks, in per cent of all test images, last step"
-    )
+    runs = " or ".join(map(str, sorted({row.entry.runs for row in rows})))
+    caption = f"mean ± sample std over {runs} networks, in per cent of all test images, last step"
     if any("match" in of for of in results.values()):
         caption += "; match: squared error to the teacher's features over that of their mean"
     print(caption)
     ranking = ranking_of(results, rows) if args.ranking else None
     for name, of in (ranking or {}).items():
-        measures = [
-            f"{what.replace('_', ' ')} {100 * v['mean']:.1f} ± {100 * v['se_networks']:.1f}" for what, v in of.items()
-        ]
+        measures = {what.replace("_", " "): (100 * v["mean"], 100 * v["se_networks"]) for what, v in of.items()}
+        words = ", ".join(f"{what} {mean:.1f} ± {se:.1f}" for what, (mean, se) in measures.items())
         length = f"{args.full_epochs} epochs" if args.full_epochs else "as many updates as on the set"
-        print(f"{name}: {', '.join(measures)} (standard errors; all real data: {length})")
+        print(f"{name}: {words} (standard errors; all real data: {length})")
     result = dict(
         method="evaluate",
         data=" ".join(dict.fromkeys(row.entry.distilled.data for row in rows)),
