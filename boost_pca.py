@@ -243,8 +243,8 @@ class Args:
     eval_finetune_steps: int | None = None
     """steps of fine-tuning on the source set (published 10,000); 0: leave it out; None: from the preset"""
     eval_models: tuple[str, ...] = ("convnet",)
-    """networks that are pretrained on the sets: convnet, vgg11, alexnet, mobilenet, resnet10, resnet18, vit or timm:NAME;
-    a table each"""
+    """networks that are pretrained on the sets: convnet, vgg11, alexnet, mobilenet, resnet10, resnet18, vit, or
+    timm:NAME; a table each"""
     full_row: bool = False
     """add a row pretrained on all real images with their targets, for as many steps"""
     compare: bool = True
