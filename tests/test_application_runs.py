@@ -550,7 +550,7 @@ def test_without_images_outside_the_chunk_there_is_no_unseen_row(tmp_path, capsy
     assert (result["attacked_members"], result["attacked_others"]) == (360, 360)
 
 
-@pytest.mark.parametrize("target", ["learned", "initial"])
+@pytest.mark.parametrize("target", [pytest.param("learned", marks=pytest.mark.slow), "initial"])
 def test_a_stopped_attack_goes_on_at_its_student_and_may_ask_for_others(target, tmp_path, monkeypatch, one_attack):
     script, own = frepo, "distilled" if target == "learned" else "initial_real"
     result = script.main(arguments(script, tmp_path / "straight", MEMBERSHIP, attack_target=target))

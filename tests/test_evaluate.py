@@ -98,6 +98,15 @@ def make(out_dir: Path, script, **flags) -> tuple[Path, dict]:
     return newest(out_dir), result
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As the commands that are started here have: the last bits of sums depend on it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """Name of RUNS -> (folder, result) of that run, each made once and not to be changed."""

@@ -599,7 +599,7 @@ def test_importing_does_nothing(tmp_path):
 # -------------------------------------------------------------------------------------------------------------- resume
 
 
-@pytest.mark.parametrize("at", [0, 3, 5, 11])
+@pytest.mark.parametrize("at", [5, 11, *(pytest.param(at, marks=pytest.mark.slow) for at in (0, 3))])
 def test_a_resumed_run_ends_as_if_it_had_not_stopped(out_dir, teachers, at, monkeypatch):
     def stop(step, *rest):
         if step == at:

@@ -345,7 +345,7 @@ def test_a_second_signal_exits_at_once(toy, tmp_path):
     assert not (folder / "checkpoint.pt").exists()
 
 
-@pytest.mark.parametrize("place", ["data", "evaluation"])
+@pytest.mark.parametrize("place", [pytest.param("data", marks=pytest.mark.slow), "evaluation"])
 def test_a_signal_outside_the_loop_stops_there(toy, tmp_path, place):
     process = toy("--seed", "5")
     if place == "evaluation":

@@ -325,6 +325,7 @@ def all_right(verdicts: dict[int, list[Verdict]]) -> list[Verdict]:
     return [v for found in verdicts.values() for v in found]
 
 
+@pytest.mark.slow
 def test_every_system_is_solved_or_reported():
     """By torch. And the draws do test the claim: there are many systems of each of its three classes."""
     found = all_right({args: factor_and_solve(draw(*args), "torch") for args in ALL})
