@@ -522,7 +522,7 @@ class Cell:
     row: Row
     model: str
     run: int
-    use: str  # of protocols.USES
+    use: str  # of --protocol
     target: str  # as --data names it, "" for the source
     facts: dict  # all that its scores depend on
 

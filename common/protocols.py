@@ -31,7 +31,6 @@ from common.run import UserError, rng, seeded
 from common.students import epoch_order
 
 KINDS = ("features", "scores", "labels", "soft")
-USES = ("scratch", "probe", "finetune", "knn", "kd")
 DSA_OF_DC = "color_crop_cutout_flip_scale_rotate"
 SHARES = (0.05, 0.01)  # of the labels, MKDT's
 CHUNK = 512  # images of a forward pass while scoring, as in common/pairs.py

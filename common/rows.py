@@ -34,7 +34,7 @@ from common import baselines
 from common.artefact import Distilled, fit_pairs
 from common.augment import upload
 from common.data import Data, Inputs, Zca, denormalise, normalise
-from common.models import RESNETS, ConvNet, ResNet, convnet_depth, frepo_student, pair_net
+from common.models import FREPO_STUDENTS, RESNETS, ConvNet, ResNet, convnet_depth, frepo_student, pair_net
 from common.pairs import Protocol
 from common.protocols import LabelRecipe, fit_labels, without_flip
 from common.relabel import SoftRecipe, StoredLabels, digest, net_digest, post_train, views_key
@@ -223,6 +223,11 @@ def own_models(entry: Entry) -> tuple[str, ...]:
     return ("dc_convnet",) if entry.kind == "labels" else ("convnet",)
 
 
+def frepo_name(model: str) -> str:
+    """frepo_NAME as frepo_student knows it: two of its names begin so themselves."""
+    return model if model in FREPO_STUDENTS else model.removeprefix("frepo_")
+
+
 def make_network(model: str, entry: Entry, out: int) -> nn.Module:
     """A fresh network for the set's images, with dim, head, features and forward; from torch's global generator.
 
@@ -237,8 +242,7 @@ def make_network(model: str, entry: Entry, out: int) -> nn.Module:
             raise UserError(f"--models {model}: not one of {', '.join(f'scdd_{arch}' for arch in RESNETS)}")
         return SoftStudent(model[5:], channels, size, out, entry.distilled.meta.get("eval_width", 64))
     if model.startswith("frepo_"):
-        known = model if model in ("frepo_alexnet", "frepo_vgg11") else model[6:]
-        return frepo_student(known, channels, size, out, entry.widths, flag="--models frepo_...")
+        return frepo_student(frepo_name(model), channels, size, out, entry.widths, flag="--models frepo_...")
     return pair_net(model, channels, size, out, entry.widths, entry.norm, flag="--models")
 
 
@@ -481,8 +485,7 @@ def trained(row: Row, model: str, run: int) -> nn.Module:
     entry, device, seed = row.entry, row.entry.device, row.entry.seed
     start = ("evaluation network", seed, run)
     if model.startswith("frepo_"):
-        known = model if model in ("frepo_alexnet", "frepo_vgg11") else model[6:]
-        start = ("student", known, seed, run)
+        start = ("student", frepo_name(model), seed, run)
     elif model.startswith("scdd_"):
         start = ("student", seed, run)
     with seeded(*start):

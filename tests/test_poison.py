@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_evaluate import CODE, KD, PAIRS, PLAIN, POOL, QUICK, SCDD, STUDENTS, newest, unadorned
+from test_rows import ALL as EVERY
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from watched import equal
 
@@ -201,19 +202,6 @@ def test_the_best_step_of_test_images_is_called_that(tmp_path, capsys, script):
 
 # ------------------------------------------------------------------------------------------------------ the evaluator
 
-EVERY = (
-    "none",
-    "gaussian",
-    "random",
-    "kmeans",
-    "kmeans_pixels",
-    "herding",
-    "high_loss",
-    "dm",
-    "dsa",
-    "all_real",
-    "teacher",
-)
 MATCHING = dict(dm=DM(iterations=2, width=2), dsa=DSA(iterations=1, width=2, outer=2, inner=1))
 FLAGS = QUICK | KD | MATCHING | dict(
     labels=LabelRecipe(epochs=2), scores=ScoresFlags(steps=3), soft=SoftFlags(epochs=1), runs=1, high_loss_networks=1,
